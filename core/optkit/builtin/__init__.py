@@ -1,0 +1,1 @@
+"""Sources, datasets and metrics that come with optkit, through the same door as any plugin."""

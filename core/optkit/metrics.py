@@ -1,0 +1,78 @@
+"""What a model's quality and cost are measured by. A metric is one figure; how it is sampled decides its shape."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from optkit.options import Options
+
+__all__ = ["Footprint", "FootprintMetric", "Metric", "Run", "RunMetric", "TokenMetric"]
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One generation, timed from outside. Seconds count from the moment the request was handed over."""
+
+    prompt_tokens: int
+    token_seconds: tuple[float, ...]
+    """When each output token was there, increasing."""
+    output: tuple[int, ...]
+    """The output token ids; as many as `token_seconds`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """What one configuration takes up."""
+
+    disk_bytes: int
+    """Bytes of the files that are read to run it."""
+    peak_memory_bytes: int
+    """Highest resident memory of a fresh process that opens it and answers one request."""
+
+
+class Metric(Options):
+    """One figure with a unit and a direction."""
+
+    unit: ClassVar[str]
+    better: ClassVar[Literal["higher", "lower"]]
+
+
+class TokenMetric(Metric):
+    """Quality: one value per predicted token, from the logits of the model and of the baseline."""
+
+    @abstractmethod
+    def per_token(self, logits: Floats, baseline: Floats, targets: npt.NDArray[np.int64]) -> Floats:
+        """One value per position.
+
+        Args:
+            logits: `[positions, vocabulary]` float32 of the model that is judged.
+            baseline: the same positions of the unoptimized model. Judging the baseline itself passes it twice.
+            targets: `[positions]`, the token that really came next.
+        """
+
+    @abstractmethod
+    def aggregate(self, values: Floats) -> float:
+        """The figure from the values of all positions."""
+
+
+class RunMetric(Metric):
+    """Speed: one value per timed generation."""
+
+    @abstractmethod
+    def of(self, run: Run) -> float:
+        """The figure of one run, positive."""
+
+
+class FootprintMetric(Metric):
+    """Cost: one value per configuration."""
+
+    @abstractmethod
+    def of(self, footprint: Footprint) -> float:
+        """The figure, positive."""

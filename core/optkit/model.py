@@ -1,0 +1,51 @@
+"""The model that flows through a recipe, and what is known of it before its weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Model", "ModelCard"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """A model's facts, read from headers in well under a second and without torch. Planning works on this alone."""
+
+    name: str
+    tags: frozenset[str]
+    """For example `task:causal-lm`, `arch:llama`, `weights:float`."""
+    linears: Mapping[str, tuple[int, int]]
+    """`[out_features, in_features]` of every linear layer, by module path, the output head included."""
+    parameters: int
+    """Parameters in all; a tied head counts once."""
+    bytes_per_parameter: int
+    """Of the weights once loaded."""
+    vocab_size: int
+    hidden_size: int
+    layers: int
+    max_length: int
+    """Positions that the model was trained for."""
+    kv_values_per_token: int
+    """Numbers in the KV cache per token, keys and values of all layers."""
+    tied_head: bool
+    """Whether the output head and the input embedding are one tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A loaded model with its tokenizer and the tags that say what was done to it."""
+
+    module: torch.nn.Module
+    """In evaluation mode, on the CPU, without gradients; a transformers model has its `config`."""
+    tokenizer: Any
+    """The transformers tokenizer, or None."""
+    tags: frozenset[str]
+
+    def tagged(self, *tags: str) -> Model:
+        """The same model with further tags."""
+        return replace(self, tags=self.tags | frozenset(tags))

@@ -1,0 +1,51 @@
+"""Weight transforms: one interface for everything that changes a model before it is compiled."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+from optkit.model import Model, ModelCard
+from optkit.options import Options
+
+__all__ = ["Transform", "TransformContext"]
+
+
+@dataclass(frozen=True, slots=True)
+class TransformContext:
+    """What a transform may use besides the model."""
+
+    progress: Callable[[int, int, str], None]
+    """`progress(done, total, what)`: call it at least once a second in long work."""
+
+
+class Transform(Options):
+    """Changes a model's weights or structure.
+
+    A transform declares only its own side: the tags that it needs, those that it cannot stand, and those that it adds.
+    Patterns in `conflicts` may use `*`. Planning folds the tags through the recipe before any weight is read.
+    """
+
+    requires: ClassVar[frozenset[str]] = frozenset()
+    conflicts: ClassVar[frozenset[str]] = frozenset()
+
+    @abstractmethod
+    def provides(self) -> frozenset[str]:
+        """The tags that the transformed model gains."""
+
+    def check(self, card: ModelCard) -> None:
+        """Refuse, from the model's facts alone, what `apply` could not do.
+
+        Raises:
+            RecipeError: an option does not fit this model.
+        """
+
+    def bits_per_weight(self, card: ModelCard) -> float | None:
+        """Stored bits per parameter afterwards, scales included, for the size estimate; None if it stays as it is."""
+        return None
+
+    @abstractmethod
+    def apply(self, model: Model, context: TransformContext) -> Model:
+        """Transform `model` and return the one to use. The given model may be changed in place."""
