@@ -1,0 +1,190 @@
+"""Models in the Hugging Face format: a folder, or an id of the hub."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from optkit.builtin.files import locate, sha256
+from optkit.errors import DamagedError, MissingError, RecipeError
+from optkit.model import Model, ModelCard
+from optkit.sources import Source
+
+__all__ = ["HuggingFace", "card_of"]
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class HuggingFace(Source):
+    """A causal language model in a Hugging Face folder with safetensors, or on the hub.
+
+    Folders whose weights are in compressed-tensors' pack-quantized format load as quantized models.
+    """
+
+    model: str
+    """A folder, `package:NAME/inner/folder`, or a hub id such as `HuggingFaceTB/SmolLM2-135M-Instruct`. A hub id is
+    downloaded on first use into the Hugging Face cache; with `HF_HUB_OFFLINE=1` it must be there already."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+
+    def inspect(self) -> ModelCard:
+        folder = self._folder()
+        config = _json(folder / "config.json")
+        shapes: dict[str, tuple[int, ...]] = {}
+        for file in _weight_files(folder):
+            shapes |= safetensors_shapes(file)
+        return card_of(config, shapes, name=Path(self.model).name)
+
+    def fingerprint(self) -> str:
+        folder = self._folder()
+        small = [file for file in sorted(folder.iterdir()) if file.suffix in {".json", ".jinja", ".model", ".txt"}]
+        return sha256([*small, *_weight_files(folder)])
+
+    def load(self) -> Model:
+        from optkit.weights import load_folder
+
+        folder = self._folder()
+        _weight_files(folder)
+        return load_folder(folder, tags=self.inspect().tags)
+
+    def _folder(self) -> Path:
+        if self.model.startswith("package:") or Path(self.model).expanduser().exists():
+            folder = locate(self.model)
+            if self.revision is not None:
+                raise RecipeError("revision goes with a hub id, not with a folder", found=self.revision)
+        else:
+            folder = self._download()
+        if not (folder / "config.json").is_file():
+            raise MissingError("no config.json, so no Hugging Face model", where=str(folder))
+        return folder
+
+    def _download(self) -> Path:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HFValidationError
+
+        patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+        try:
+            return Path(snapshot_download(self.model, revision=self.revision, allow_patterns=patterns))
+        except HFValidationError as error:
+            raise MissingError("no such folder, and no hub id either", where=self.model) from error
+        except Exception as error:  # the hub's client raises whatever its network stack does
+            raise MissingError(
+                f"neither a folder nor available from the hub ({type(error).__name__})",
+                where=self.model,
+                remedy="check the path, or the network and HF_HUB_OFFLINE",
+            ) from error
+
+
+def card_of(config: Mapping[str, Any], shapes: Shapes, *, name: str) -> ModelCard:
+    """The card of a causal language model.
+
+    Args:
+        config: the contents of its `config.json`.
+        shapes: of its tensors, by transformers' names.
+        name: for people.
+
+    Raises:
+        DamagedError: the configuration lacks what every such model has.
+    """
+    try:
+        layers, hidden, heads = (
+            int(config[key]) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads")
+        )
+        kv_heads = int(config.get("num_key_value_heads") or heads)
+        head_dim = int(config.get("head_dim") or hidden // heads)
+        vocab, architecture = int(config["vocab_size"]), str(config["model_type"])
+        tied = bool(config.get("tie_word_embeddings", True)) and "lm_head.weight" not in shapes
+        if not any(str(kind).endswith("ForCausalLM") for kind in config.get("architectures") or ()):
+            raise DamagedError("no causal language model", where=name, found=config.get("architectures"))
+        linears = {
+            key.removesuffix(".weight"): (shape[0], shape[1]) for key, shape in shapes.items() if _is_linear(key, shape)
+        }
+        if tied:
+            linears["lm_head"] = (vocab, hidden)
+        return ModelCard(
+            name=name,
+            tags=frozenset({"task:causal-lm", f"arch:{architecture}"}) | _weight_tags(config),
+            linears=linears,
+            parameters=sum(_count(shape) for shape in shapes.values()),
+            bytes_per_parameter=4,
+            vocab_size=vocab,
+            hidden_size=hidden,
+            layers=layers,
+            max_length=int(config.get("max_position_embeddings", 2048)),
+            kv_values_per_token=2 * layers * kv_heads * head_dim,
+            tied_head=tied,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise DamagedError(f"config.json is incomplete ({type(error).__name__}: {error})", where=name) from error
+
+
+def safetensors_shapes(file: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors in a safetensors file, by name; only its header is read.
+
+    Packed integers count with the shape of the weights that they stand for, scales and zero points not at all.
+    Format: https://github.com/huggingface/safetensors#format
+
+    Raises:
+        DamagedError: the header is not that of a safetensors file.
+    """
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > 100_000_000:
+                raise ValueError("header too long")
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            shapes: dict[str, tuple[int, ...]] = {}
+            for name, entry in header.items():
+                if name.endswith(".weight_shape"):
+                    stream.seek(8 + length + entry["data_offsets"][0])
+                    shapes[name.removesuffix("_shape")] = struct.unpack("<2q", stream.read(16))
+                elif not name.endswith((".weight_packed", ".weight_scale", ".weight_zero_point")):
+                    shapes[name] = tuple(entry["shape"])
+    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(f"not a readable safetensors file ({error})", where=str(file)) from error
+    return shapes
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise MissingError(
+            "no *.safetensors in the folder", where=str(folder), remedy="save the model with safetensors; optkit reads no pickle"
+        )
+    return files
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"not readable JSON ({error})", where=str(file)) from error
+    if not isinstance(data, dict):
+        raise DamagedError("not a JSON object", where=str(file))
+    return data
+
+
+def _weight_tags(config: Mapping[str, Any]) -> frozenset[str]:
+    stored = config.get("quantization_config")
+    if stored is None:
+        return frozenset({"weights:float"})
+    if stored.get("format") != "pack-quantized":
+        return frozenset({f"weights:{stored.get('quant_method', 'quantized')}"})
+    schemes = [group["weights"] for group in stored["config_groups"].values()]
+    names = {f"weights:int{s['num_bits']}-{s['strategy']}" + ("" if s["symmetric"] else "-asym") for s in schemes}
+    return frozenset(names | {"weights:float"})
+
+
+def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
+    return len(shape) == 2 and name.endswith(".weight") and "embed" not in name.rpartition(".")[0].rpartition(".")[2]
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count

@@ -1,0 +1,39 @@
+"""Datasets of plain text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from optkit.builtin.files import locate
+from optkit.datasets import Dataset
+from optkit.errors import DamagedError
+
+__all__ = ["PythonReference", "TextFile"]
+
+
+class PythonReference(Dataset):
+    """The English reference text of the Python language that every CPython carries (`pydoc_data.topics`).
+
+    About 700,000 characters of technical prose: enough to compare a model with its optimized self on any machine
+    without a download, not to rank models. The text differs a little between versions of Python.
+    """
+
+    def texts(self) -> Iterator[str]:
+        from pydoc_data.topics import topics
+
+        yield from (topics[name] for name in sorted(topics))
+
+
+class TextFile(Dataset):
+    """A UTF-8 text file; paragraphs that an empty line separates are the documents."""
+
+    path: str
+    """The file: a path, or `package:NAME/inner/path` for a file of an installed Python package."""
+
+    def texts(self) -> Iterator[str]:
+        file = locate(self.path)
+        try:
+            text = file.read_text(encoding="utf-8")
+        except (UnicodeDecodeError, OSError) as error:
+            raise DamagedError(f"not a readable UTF-8 text file ({error})", where=self.path) from error
+        yield from (paragraph for paragraph in text.split("\n\n") if paragraph.strip())

@@ -1,0 +1,32 @@
+"""What this machine is, and the most that it can do: facts read in milliseconds, ceilings measured in seconds."""
+
+from optkit.hardware.ceilings import Peaks, measure, peaks, quick_gflops
+from optkit.hardware.facts import (
+    Device,
+    Machine,
+    Memory,
+    cpu_name,
+    devices,
+    isa,
+    libraries,
+    machine,
+    memory,
+    usable_cores,
+)
+
+__all__ = [
+    "Device",
+    "Machine",
+    "Memory",
+    "Peaks",
+    "cpu_name",
+    "devices",
+    "isa",
+    "libraries",
+    "machine",
+    "measure",
+    "memory",
+    "peaks",
+    "quick_gflops",
+    "usable_cores",
+]

@@ -1,0 +1,196 @@
+"""The `weights/` folder: a standard Hugging Face folder, integer weights in compressed-tensors' pack-quantized format.
+
+transformers and vLLM load it as it is (document: `docs` of compressed-tensors, format "pack-quantized").
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optkit.errors import DamagedError, MissingError
+from optkit.model import Model
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from optkit.quantized import QuantizedLinear, WeightScheme
+
+__all__ = ["causal_lm_tags", "load_folder", "save_folder"]
+
+
+def causal_lm_tags(config: Any) -> frozenset[str]:
+    """The tags of an untouched causal language model with this transformers configuration."""
+    return frozenset({"task:causal-lm", f"arch:{config.model_type}", "weights:float"})
+
+
+def save_folder(model: Model, directory: Path) -> None:
+    """Write `model` into `directory`, tokenizer included. The folder holds no code and no pickle."""
+    from huggingface_hub import save_torch_state_dict
+    from optkit.quantized import quantized_layers
+
+    directory.mkdir(parents=True, exist_ok=True)
+    module: Any = model.module
+    quantized = dict(quantized_layers(module))
+    state = {name: tensor for name, tensor in module.state_dict().items() if name.rpartition(".")[0] not in quantized}
+    for name, layer in quantized.items():
+        state |= {f"{name}.{key}": tensor for key, tensor in _packed(layer).items()}
+    save_torch_state_dict(state, directory, max_shard_size="4GB")
+    module.config.save_pretrained(directory)
+    if quantized:
+        config = json.loads((directory / "config.json").read_text())
+        config["quantization_config"] = _quantization_config(module, quantized)
+        (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if getattr(module, "generation_config", None) is not None:
+        module.generation_config.save_pretrained(directory)
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(directory)
+
+
+def load_folder(directory: Path, *, tags: frozenset[str] | None = None) -> Model:
+    """Read a folder that `save_folder` wrote, or any Hugging Face folder with float weights.
+
+    Args:
+        directory: a folder with `config.json` and safetensors.
+        tags: those of the model; by default what its configuration says.
+
+    Returns:
+        The model in float32, quantized layers as `QuantizedLinear`.
+
+    Raises:
+        MissingError: there is no model in `directory`.
+        DamagedError: its files cannot be read.
+    """
+    import transformers
+
+    if not (directory / "config.json").is_file():
+        raise MissingError("no config.json, so no Hugging Face model", where=str(directory))
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory)
+        module = _load_quantized(directory, config) if hasattr(config, "quantization_config") else _load_float(directory)
+        files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+        has_tokenizer = any((directory / name).is_file() for name in files)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(directory) if has_tokenizer else None
+    except (ValueError, KeyError, RuntimeError, OSError, TypeError) as error:
+        raise DamagedError(f"cannot be loaded: {error}", where=str(directory)) from error
+    return Model(module.eval().requires_grad_(False), tokenizer, causal_lm_tags(module.config) if tags is None else tags)
+
+
+def _load_float(directory: Path) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+
+
+def _load_quantized(directory: Path, config: Any) -> Any:
+    import torch
+    from compressed_tensors.quantization import QuantizationConfig
+    from transformers import AutoModelForCausalLM
+    from transformers.initialization import no_init_weights
+
+    from optkit.quantized import replace_module
+
+    stored = QuantizationConfig.model_validate(config.quantization_config)
+    if stored.format != "pack-quantized":
+        raise ValueError(f"weights are stored as {stored.format}, optkit reads pack-quantized")
+    del config.quantization_config
+    with no_init_weights():
+        module: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    state = _read_state(directory)
+    for name in sorted(key.removesuffix(".weight_packed") for key in state if key.endswith(".weight_packed")):
+        replace_module(module, name, _unpacked(name, state, _scheme_of(name, stored)))
+    missing, unexpected = module.load_state_dict(state, strict=False, assign=True)
+    known = set(dict(module.named_parameters()))  # without the duplicates of tied tensors
+    lacking = [name for name in missing if name in known]
+    if lacking or unexpected:
+        raise ValueError(f"tensors do not fit the configuration: missing {lacking[:3]}, unexpected {unexpected[:3]}")
+    module.tie_weights()
+    return module
+
+
+def _read_state(directory: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load_file
+
+    state: dict[str, Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        state |= load_file(file)
+    return state
+
+
+def _packed(layer: QuantizedLinear) -> dict[str, Tensor]:
+    import torch
+    from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
+
+    packed = {
+        "weight_packed": pack_to_int32(layer.weight, layer.scheme.bits),
+        "weight_scale": layer.scale,
+        "weight_shape": torch.tensor(layer.weight.shape),
+    }
+    if layer.zero_point is not None:
+        packed["weight_zero_point"] = pack_to_int32(layer.zero_point, layer.scheme.bits, packed_dim=0).contiguous()
+    if layer.bias is not None:
+        packed["bias"] = layer.bias
+    return packed
+
+
+def _unpacked(name: str, state: dict[str, Tensor], scheme: WeightScheme) -> QuantizedLinear:
+    import torch
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    from optkit.quantized import QuantizedLinear
+
+    shape = torch.Size(state.pop(f"{name}.weight_shape").tolist())
+    weight = unpack_from_int32(state.pop(f"{name}.weight_packed"), scheme.bits, shape)
+    scale = state.pop(f"{name}.weight_scale")
+    packed = state.pop(f"{name}.weight_zero_point", None)
+    zero_point = None if packed is None else unpack_from_int32(packed, scheme.bits, scale.shape, packed_dim=0)
+    layer = QuantizedLinear(weight, scale, zero_point, state.pop(f"{name}.bias", None), scheme)
+    # The layer's own tensors are in place; the rest of the state is loaded by name, and expects them there too.
+    state |= {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
+    return layer
+
+
+def _quantization_config(module: nn.Module, quantized: dict[str, QuantizedLinear]) -> dict[str, Any]:
+    import torch
+    from compressed_tensors.quantization import (
+        QuantizationArgs,
+        QuantizationConfig,
+        QuantizationScheme,
+        QuantizationStatus,
+    )
+
+    names: dict[WeightScheme, list[str]] = defaultdict(list)
+    for name, layer in quantized.items():
+        names[layer.scheme].append(name)
+    groups = {}
+    for index, (scheme, layers) in enumerate(names.items()):
+        weights = QuantizationArgs(
+            num_bits=scheme.bits,
+            type="int",
+            symmetric=scheme.symmetric,
+            strategy=scheme.granularity,
+            group_size=scheme.group_size,
+        )
+        # One scheme reads best as "every Linear but these"; several need their layers by name.
+        groups[f"group_{index}"] = QuantizationScheme(targets=["Linear"] if len(names) == 1 else layers, weights=weights)
+    config = QuantizationConfig(
+        config_groups=groups,
+        format="pack-quantized",
+        quantization_status=QuantizationStatus.COMPRESSED,
+        ignore=[name for name, layer in module.named_modules() if isinstance(layer, torch.nn.Linear)],
+    )
+    return dict(config.model_dump(mode="json"))
+
+
+def _scheme_of(name: str, stored: Any) -> WeightScheme:
+    from optkit.quantized import WeightScheme
+
+    for group in stored.config_groups.values():
+        if name in group.targets or group.targets == ["Linear"]:
+            weights = group.weights
+            group_size = weights.group_size if weights.strategy == "group" else None
+            return WeightScheme(weights.num_bits, group_size, weights.symmetric)
+    raise ValueError(f"no config group of quantization_config names {name}")
