@@ -1,4 +1,4 @@
-"""Finds plugins: entry points of group `optkit`, ours and strangers' alike. One that is broken is named, never fatal."""
+"""Finds plugins: entry points of group `optkit`, ours and strangers'. One that is broken is named, never fatal."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from optkit import hookspecs
 from optkit.backends import Backend
 from optkit.batching import Batcher
 from optkit.datasets import Dataset
-from optkit.errors import MissingError, RecipeError
+from optkit.errors import MissingError, OptkitError, RecipeError
 from optkit.metrics import Metric
 from optkit.options import Options
 from optkit.sources import Source
@@ -168,6 +168,14 @@ class Plugins:
             raise MissingError(f"{owner} offers {name!r} as a {kind}, but it is no {interface.__name__}", where=where)
         return target
 
+    def state(self, offer: Registered) -> str | None:
+        """Why this offer cannot be used here, or None."""
+        try:
+            target = self.get(offer.kind, offer.name)
+            return target().unavailable() if issubclass(target, Backend) else None
+        except OptkitError as error:
+            return str(error)
+
     def _remedy(self, kind: Kind, name: str) -> str:
         close = difflib.get_close_matches(name, self.names(kind), n=1)
         known = ", ".join(self.names(kind)) or "none"
@@ -185,11 +193,15 @@ class Plugins:
 
     def _offered(self, plugin: object, kind: Kind, name: str, distribution: str, version: str) -> list[Registered]:
         hook = f"register_{kind}s"
-        implementation = next((i for i in getattr(self._manager.hook, hook).get_hookimpls() if i.plugin is plugin), None)
+        implementation = next(
+            (i for i in getattr(self._manager.hook, hook).get_hookimpls() if i.plugin is plugin), None
+        )
         if implementation is None:
             return []
         offered = implementation.function()
-        if not isinstance(offered, dict) or not all(isinstance(k, str) and isinstance(v, type | str) for k, v in offered.items()):
+        if not isinstance(offered, dict) or not all(
+            isinstance(k, str) and isinstance(v, type | str) for k, v in offered.items()
+        ):
             raise TypeError(f"{hook}() must return a dict of name -> class or 'module:Class'")
         return [Registered(kind, key, target, name, distribution, version) for key, target in offered.items()]
 

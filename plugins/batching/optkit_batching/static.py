@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pydantic import Field
+
 from optkit.batching import Batcher, MemoryView, SequenceView, Wait
 from optkit.steps import Row, StepPlan
-from pydantic import Field
 
 __all__ = ["Static"]
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pydantic import Field
+
 from optkit.model import Model, ModelCard
 from optkit.targets import select
 from optkit.transforms import Transform, TransformContext
-from pydantic import Field
 
 __all__ = ["Magnitude"]
 

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
+
 from optkit.backends import TokenSession
 from optkit.errors import RecipeError
 from optkit.quantized import quantized_layers, replace_module
 from optkit.steps import Caps, KernelTime, Limits, StepPlan, StepResult
 from optkit.weights import load_folder
-from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 __all__ = ["TorchSession"]
 
@@ -22,8 +23,9 @@ class TorchSession(TokenSession):
     """Runs the model of a weights folder; see `optkit.backends.TokenSession`."""
 
     def __init__(self, weights: Path, limits: Limits) -> None:
-        self._module: Any = load_folder(weights).module
-        config = self._module.config
+        module: Any = load_folder(weights).module
+        self._module = module
+        config = module.config
         window = getattr(config, "sliding_window", None)
         if window and window < limits.max_length and getattr(config, "use_sliding_window", True):
             raise RecipeError(
@@ -68,7 +70,9 @@ class TorchSession(TokenSession):
         if all(row.logits == "all" for row in rows):
             kept = torch.arange(width)
         else:
-            kept = torch.tensor(sorted({p for row in rows for p in _wanted(row.logits, len(row.tokens))}), dtype=torch.long)
+            kept = torch.tensor(
+                sorted({p for row in rows for p in _wanted(row.logits, len(row.tokens))}), dtype=torch.long
+            )
         logits = self._module(
             input_ids=tokens,
             attention_mask=mask,

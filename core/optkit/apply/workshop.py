@@ -1,0 +1,77 @@
+"""What the steps of one apply share: the models, loaded when a step first needs them, and the evaluation text."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from optkit.evaluate import ModelScorer, Recorded, Scorer, windows
+from optkit.locations import cache_root
+from optkit.model import Model
+from optkit.recipe import Recipe
+from optkit.weights import load_folder
+
+__all__ = ["Workshop", "workshop"]
+
+
+class Workshop:
+    """Holds the baseline and the model that is worked on. A step that the cache answers needs neither."""
+
+    def __init__(self, recipe: Recipe, scratch: Path) -> None:
+        self._recipe = recipe
+        self._scratch = scratch
+        self._baseline: Model | None = None
+        self._model: tuple[Path | None, Model] | None = None
+        self._windows: list[tuple[int, ...]] | None = None
+        self._scorer: Scorer | None = None
+
+    @property
+    def baseline(self) -> Model:
+        """The unoptimized model. Nobody changes it."""
+        if self._baseline is None:
+            self._baseline = self._recipe.model.options.load()
+        return self._baseline
+
+    @property
+    def baseline_scorer(self) -> Scorer:
+        """The baseline's logits, computed once and then read from disk."""
+        if self._scorer is None:
+            self._scorer = Recorded(ModelScorer(self.baseline.module), self._scratch)
+        return self._scorer
+
+    @property
+    def windows(self) -> list[tuple[int, ...]]:
+        """The evaluation text in token ids."""
+        if self._windows is None:
+            settings = self._recipe.evaluation
+            dataset = settings.dataset.options
+            self._windows = windows(self.baseline.tokenizer, dataset, settings.tokens, settings.context_length)
+        return self._windows
+
+    def take(self, weights: Path | None, tags: frozenset[str]) -> Model:
+        """The model of a weights folder, or a fresh baseline for None, to be changed in place by the caller."""
+        held, self._model = self._model, None
+        if held is not None and held[0] == weights:
+            return held[1]
+        del held  # before the next one is loaded: two of them may not fit
+        return self._recipe.model.options.load() if weights is None else load_folder(weights, tags=tags)
+
+    def keep(self, weights: Path, model: Model) -> None:
+        """Remember the model that was just saved to `weights`, so that the next step need not load it."""
+        self._model = (weights, model)
+
+
+@contextmanager
+def workshop(recipe: Recipe) -> Iterator[Workshop]:
+    """A workshop with room on disk for this run only; what killed runs left behind is removed."""
+    root = cache_root() / "scratch"
+    root.mkdir(parents=True, exist_ok=True)
+    for leftover in root.iterdir():
+        if not Path("/proc", leftover.name.partition("-")[0]).exists():
+            shutil.rmtree(leftover, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{os.getpid()}-", dir=root, ignore_cleanup_errors=True) as directory:
+        yield Workshop(recipe, Path(directory))

@@ -1,0 +1,129 @@
+"""`optkit inspect`, `optkit explain` and `optkit generate`: what works on one artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from optkit.cli.present import emit_json, plugins_of, say, table
+from optkit.cli.recipes import JsonOption, show_report
+
+__all__ = ["ArtifactArgument", "add_to"]
+
+ArtifactArgument = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="The artifact's directory.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    app.command("inspect")(inspect_artifact)
+    app.command("explain")(explain_artifact)
+    app.command("generate")(generate)
+
+
+def inspect_artifact(artifact: ArtifactArgument, as_json: JsonOption = False) -> None:
+    """Verify an artifact and say what is in it and how it was made."""
+    from optkit.artifact import open_artifact
+
+    opened = open_artifact(artifact)
+    manifest, report = opened.manifest, opened.report()
+    if as_json:
+        emit_json({"manifest": manifest.model_dump(), "report": report})
+        return
+    say(f"{manifest.name}: every file is what the manifest says")
+    say(f"tags         {' '.join(manifest.tags)}")
+    say(f"backend      {next(iter(manifest.recipe['backend']))}")
+    say(f"limits       {manifest.max_batch_size} sequences of up to {manifest.max_length} tokens")
+    say(f"weights for  {', '.join(manifest.servable_by)}")
+    for part in ("weights", "runtime"):
+        size = sum(record.bytes for name, record in manifest.files.items() if name.startswith(f"{part}/"))
+        say(f"{part + '/':12} {size / 1e6:,.1f} MB")
+    say()
+    table(
+        ("step", "plugin of", "seconds", "key"),
+        [(s.step, f"{s.distribution} {s.version}", f"{s.seconds:.1f}", s.key[:12]) for s in manifest.steps],
+        right=(2,),
+    )
+    say()
+    show_report(report)
+
+
+def explain_artifact(
+    context: typer.Context,
+    artifact: ArtifactArgument,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens in the KV cache before the step.")] = 64,
+    as_json: JsonOption = False,
+) -> None:
+    """Say which kernel runs each layer of a decode step, and how far it is from this machine's ceiling.
+
+    The ceiling of one decode step is memory bandwidth: each weight is read once. `optkit sys` measures it.
+    """
+    from optkit.bench import explain
+
+    explanation = explain(artifact, plugins_of(context), prompt_tokens)
+    if as_json:
+        emit_json(explanation.to_dict())
+        return
+    for tag, lowered in explanation.lowering.items():
+        how = "native" if lowered["native"] else "dequantized"
+        say(f"{tag} -> {lowered['kernel']} ({how}{'; ' + lowered['reason'] if lowered['reason'] else ''})")
+    say()
+    table(
+        ("layers", "kernel", "calls", "ms", "share of step", "GB/s", "of ceiling"),
+        [
+            (
+                row.layers,
+                row.kernel,
+                str(row.calls),
+                f"{row.seconds * 1e3:.2f}",
+                f"{row.share:.0%}",
+                f"{row.gb_per_second:.1f}" if row.gb_per_second else "",
+                f"{row.of_ceiling:.0%}" if row.of_ceiling else "",
+            )
+            for row in explanation.rows
+        ],
+        right=(2, 3, 4, 5, 6),
+    )
+    say()
+    say(f"one decode step under the profiler: {explanation.seconds * 1e3:.1f} ms; ceiling {explanation.ceiling_gb_per_s:.1f} GB/s")
+
+
+def generate(
+    context: typer.Context,
+    artifact: ArtifactArgument,
+    prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
+    max_tokens: Annotated[int, typer.Option(min=1, help="Output tokens at most.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Nucleus sampling.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Fixes the draws.")] = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer one prompt, word by word, through the model's chat template."""
+    from optkit.bench import open_session
+    from optkit.artifact import open_artifact
+    from optkit.engine import Engine, Request, SamplingParams
+    from optkit.engine.text import Detokenizer, encode, end_tokens, load_tokenizer
+
+    opened = open_artifact(artifact)
+    plugins = plugins_of(context)
+    tokenizer = load_tokenizer(opened.weights)
+    tokens = encode(tokenizer, prompt, chat=not raw)
+    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    detokenizer = Detokenizer(tokenizer)
+    written: list[str] = []
+    reason: Any = None
+    with open_session(opened, plugins) as (session, batcher):
+        engine = Engine(session, batcher, eos=end_tokens(opened.weights, tokenizer))
+        for event in engine.stream(Request(tokens, params)):
+            piece = detokenizer.push(event.token)
+            written.append(piece)
+            reason = event.finished
+            if not as_json:
+                typer.echo(piece, nl=False)
+    written.append(detokenizer.flush())
+    if as_json:
+        emit_json({"text": "".join(written), "prompt_tokens": len(tokens), "output_tokens": len(written) - 1, "finish_reason": reason})
+    else:
+        say(written[-1])

@@ -1,0 +1,130 @@
+"""`optkit plan`, `optkit apply` and `optkit schema`: what works on a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from optkit.cli.present import Steps, emit_json, plugins_of, say, table
+
+__all__ = ["add_to"]
+
+RecipeArgument = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    app.command("apply")(apply_recipe)
+    app.command("plan")(plan_recipe)
+    app.command("schema")(write_schema)
+
+
+def apply_recipe(
+    context: typer.Context,
+    recipe: RecipeArgument,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="The artifact's directory; artifacts/NAME by default.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact that stands there.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Optimize a model as the recipe says, measure it against the original, and publish the artifact.
+
+    Finished steps are kept: an interrupted apply goes on where it was.
+    """
+    from optkit.apply import apply, make_plan
+    from optkit.recipe import load_recipe
+
+    plugins = plugins_of(context)
+    loaded = load_recipe(recipe, plugins)
+    plan = make_plan(loaded, plugins)
+    target = output or Path("artifacts") / loaded.name
+    with Steps() as steps:
+        outcome = apply(plan, plugins, target, progress=steps, overwrite=overwrite)
+    if as_json:
+        emit_json({"artifact": str(outcome.artifact.path), "existed": outcome.existed, "report": outcome.report})
+        return
+    show_report(outcome.report)
+    say()
+    say(f"{'Already there' if outcome.existed else 'Published'}: {target}")
+    say(f'Next: optkit generate {target} "Why is the sky blue?"   or: optkit explain {target}')
+
+
+def show_report(report: Any) -> None:
+    """The table of a report: metric, baseline, optimized, change, verdict; then the gates."""
+    from optkit.apply.report import table_rows
+
+    rows = table_rows(report["metrics"])
+    table(
+        ("metric", "baseline", "optimized", "change [95% interval]", "verdict"),
+        [(row.metric, row.baseline, row.value, row.change, row.verdict) for row in rows],
+        right=(1, 2),
+    )
+    say()
+    for gate in report.get("gates", ()):
+        say(f"{'passed' if gate['passed'] else 'FAILED'}  {gate['message']}")
+
+
+def plan_recipe(context: typer.Context, recipe: RecipeArgument, as_json: JsonOption = False) -> None:
+    """Check a recipe without loading weights: the tags after each step, kernels, memory and time."""
+    from dataclasses import asdict
+
+    from optkit.apply import make_plan
+    from optkit.recipe import load_recipe
+
+    plugins = plugins_of(context)
+    plan = make_plan(load_recipe(recipe, plugins), plugins)
+    estimate = plan.estimate
+    if as_json:
+        emit_json(
+            {
+                "recipe": plan.recipe.resolved(),
+                "model": {"name": plan.card.name, "parameters": plan.card.parameters, "tags": sorted(plan.card.tags)},
+                "steps": [{"name": step.name, "tags": sorted(step.tags)} for step in plan.steps],
+                "lowering": {tag: asdict(lowered) for tag, lowered in plan.lowering.items()},
+                "limits": asdict(plan.limits),
+                "estimate": asdict(estimate),
+            }
+        )
+        return
+    say(f"model    {plan.card.name}: {plan.card.parameters / 1e6:.1f} M parameters, {' '.join(sorted(plan.card.tags))}")
+    for number, step in enumerate(plan.steps, 1):
+        say(f"step {number}   {step.name}: {' '.join(sorted(step.tags - plan.card.tags))}")
+    say(f"backend  {plan.recipe.backend.name}")
+    for tag, lowered in sorted(plan.lowering.items()):
+        how = "native" if lowered.native else "DEQUANTIZED"
+        say(f"         {tag} -> {lowered.kernel} ({how}{'; ' + lowered.reason if lowered.reason else ''})")
+    limits = plan.limits
+    say(f"batching {plan.recipe.batching.name}: {limits.max_batch_size} sequences of up to {limits.max_length} tokens")
+    for gate in plan.recipe.gates:
+        say(f"gate     {gate}")
+    say(
+        f"needs    about {estimate.memory_bytes / 1e9:.1f} GB of memory, {estimate.disk_bytes / 1e9:.1f} GB of disk and "
+        f"{estimate.seconds / 60:.1f} minutes"
+    )
+    say(f"\nNext: optkit apply {recipe}")
+
+
+def write_schema(
+    context: typer.Context,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file.")] = None,
+) -> None:
+    """Write the JSON Schema of recipes with all installed plugins, for editors to complete and check."""
+    import json
+
+    from optkit.errors import MachineError
+    from optkit.recipe import recipe_schema
+
+    schema = recipe_schema(plugins_of(context))
+    if output is None:
+        emit_json(schema)
+        return
+    try:
+        output.write_text(json.dumps(schema, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise MachineError(f"cannot be written ({error.strerror})", where=str(output)) from error
+    say(f"wrote {output}")
+    say(f"Next: put this first in a recipe: # yaml-language-server: $schema={output}")
