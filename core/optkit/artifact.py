@@ -86,7 +86,6 @@ class Manifest(BaseModel):
     steps: list[StepRecord]
     servable_by: list[str]
     """What can run the `weights` folder besides the artifact's own backend."""
-    libraries: dict[str, str]
     machine: dict[str, Any]
     files: dict[str, FileRecord]
 

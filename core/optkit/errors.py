@@ -1,11 +1,11 @@
 """Every error that a user can cause or meet, each one line: where, what, what was found, what to do.
 
-    OptkitError             70  a bug, when raised as itself
-    ├── GateFailed           1  the result misses a gate of the recipe
-    ├── RecipeError          2  the recipe or the command line is wrong
-    ├── DamagedError         3  an artifact or an input file is damaged
-    ├── MissingError         4  hardware, an extra, a plugin or a file of the model is missing
-    └── MachineError         5  the machine refused: disk, memory, permissions
+OptkitError             70  a bug, when raised as itself
+├── GateFailed           1  the result misses a gate of the recipe
+├── RecipeError          2  the recipe or the command line is wrong
+├── DamagedError         3  an artifact or an input file is damaged
+├── MissingError         4  hardware, an extra, a plugin or a file of the model is missing
+└── MachineError         5  the machine refused: disk, memory, permissions
 """
 
 from __future__ import annotations

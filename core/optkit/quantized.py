@@ -54,10 +54,10 @@ def dequantize(weight: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tens
     Returns:
         `[out, in]` in the dtype of `scale`.
     """
-    grouped = weight.unflatten(1, (scale.shape[1], -1)).to(scale.dtype)
+    grouped = weight.reshape(*scale.shape, -1).to(scale.dtype)
     if zero_point is not None:
         grouped = grouped - zero_point.to(scale.dtype).unsqueeze(-1)
-    return (grouped * scale.unsqueeze(-1)).flatten(1)
+    return (grouped * scale.unsqueeze(-1)).reshape(weight.shape)
 
 
 class QuantizedLinear(nn.Module):

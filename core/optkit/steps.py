@@ -56,7 +56,7 @@ class Row:
     blocks: tuple[int, ...]
     """The blocks that hold the sequence's KV, in order; they cover `computed + len(tokens)` tokens."""
     logits: Literal["none", "last", "all"] = "last"
-    """Which of the new positions need logits: none (a chunk that does not end the prompt), the last, or all (scoring)."""
+    """Which new positions need logits: none (a chunk that does not end the prompt), the last, or all (scoring)."""
 
 
 @dataclass(frozen=True, slots=True)

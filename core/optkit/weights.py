@@ -29,15 +29,20 @@ def causal_lm_tags(config: Any) -> frozenset[str]:
 def save_folder(model: Model, directory: Path) -> None:
     """Write `model` into `directory`, tokenizer included. The folder holds no code and no pickle."""
     from huggingface_hub import save_torch_state_dict
+
     from optkit.quantized import quantized_layers
 
     directory.mkdir(parents=True, exist_ok=True)
     module: Any = model.module
     quantized = dict(quantized_layers(module))
     state = {name: tensor for name, tensor in module.state_dict().items() if name.rpartition(".")[0] not in quantized}
+    for name, source in getattr(module, "all_tied_weights_keys", {}).items():
+        if name in state and source in state and _shared(state[name], state[source]):
+            del state[name]  # transformers ties it again when it loads
     for name, layer in quantized.items():
         state |= {f"{name}.{key}": tensor for key, tensor in _packed(layer).items()}
     save_torch_state_dict(state, directory, max_shard_size="4GB")
+    module.config.architectures = [type(module).__name__]
     module.config.save_pretrained(directory)
     if quantized:
         config = json.loads((directory / "config.json").read_text())
@@ -64,18 +69,23 @@ def load_folder(directory: Path, *, tags: frozenset[str] | None = None) -> Model
         DamagedError: its files cannot be read.
     """
     import transformers
+    from safetensors import SafetensorError
 
     if not (directory / "config.json").is_file():
         raise MissingError("no config.json, so no Hugging Face model", where=str(directory))
     try:
         config = transformers.AutoConfig.from_pretrained(directory)
-        module = _load_quantized(directory, config) if hasattr(config, "quantization_config") else _load_float(directory)
+        module = (
+            _load_quantized(directory, config) if hasattr(config, "quantization_config") else _load_float(directory)
+        )
         files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
         has_tokenizer = any((directory / name).is_file() for name in files)
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory) if has_tokenizer else None
-    except (ValueError, KeyError, RuntimeError, OSError, TypeError) as error:
+    except (ValueError, KeyError, RuntimeError, OSError, TypeError, SafetensorError) as error:
         raise DamagedError(f"cannot be loaded: {error}", where=str(directory)) from error
-    return Model(module.eval().requires_grad_(False), tokenizer, causal_lm_tags(module.config) if tags is None else tags)
+    return Model(
+        module.eval().requires_grad_(False), tokenizer, causal_lm_tags(module.config) if tags is None else tags
+    )
 
 
 def _load_float(directory: Path) -> Any:
@@ -93,7 +103,8 @@ def _load_quantized(directory: Path, config: Any) -> Any:
 
     from optkit.quantized import replace_module
 
-    stored = QuantizationConfig.model_validate(config.quantization_config)
+    fields = QuantizationConfig.model_fields
+    stored = QuantizationConfig.model_validate({k: v for k, v in config.quantization_config.items() if k in fields})
     if stored.format != "pack-quantized":
         raise ValueError(f"weights are stored as {stored.format}, optkit reads pack-quantized")
     del config.quantization_config
@@ -103,8 +114,8 @@ def _load_quantized(directory: Path, config: Any) -> Any:
     for name in sorted(key.removesuffix(".weight_packed") for key in state if key.endswith(".weight_packed")):
         replace_module(module, name, _unpacked(name, state, _scheme_of(name, stored)))
     missing, unexpected = module.load_state_dict(state, strict=False, assign=True)
-    known = set(dict(module.named_parameters()))  # without the duplicates of tied tensors
-    lacking = [name for name in missing if name in known]
+    tied = getattr(module, "all_tied_weights_keys", {}) if module.config.tie_word_embeddings else {}
+    lacking = [name for name in missing if name not in tied]
     if lacking or unexpected:
         raise ValueError(f"tensors do not fit the configuration: missing {lacking[:3]}, unexpected {unexpected[:3]}")
     module.tie_weights()
@@ -118,6 +129,10 @@ def _read_state(directory: Path) -> dict[str, Tensor]:
     for file in sorted(directory.glob("*.safetensors")):
         state |= load_file(file)
     return state
+
+
+def _shared(one: Tensor, other: Tensor) -> bool:
+    return one.data_ptr() == other.data_ptr() and one.shape == other.shape
 
 
 def _packed(layer: QuantizedLinear) -> dict[str, Tensor]:
@@ -175,14 +190,21 @@ def _quantization_config(module: nn.Module, quantized: dict[str, QuantizedLinear
             group_size=scheme.group_size,
         )
         # One scheme reads best as "every Linear but these"; several need their layers by name.
-        groups[f"group_{index}"] = QuantizationScheme(targets=["Linear"] if len(names) == 1 else layers, weights=weights)
+        groups[f"group_{index}"] = QuantizationScheme(
+            targets=["Linear"] if len(names) == 1 else layers, weights=weights
+        )
     config = QuantizationConfig(
         config_groups=groups,
         format="pack-quantized",
         quantization_status=QuantizationStatus.COMPRESSED,
         ignore=[name for name, layer in module.named_modules() if isinstance(layer, torch.nn.Linear)],
     )
-    return dict(config.model_dump(mode="json"))
+    stored = dict(config.model_dump(mode="json"))
+    if not all(layer.scheme.symmetric for layer in quantized.values()):
+        # transformers 5.23 finds packed zero points only on the way that dequantizes at load (its quantizer otherwise
+        # prepares parameters of their unpacked shape). Others ignore the key.
+        stored["dequantize"] = True
+    return stored
 
 
 def _scheme_of(name: str, stored: Any) -> WeightScheme:

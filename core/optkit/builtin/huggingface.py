@@ -153,7 +153,9 @@ def _weight_files(folder: Path) -> list[Path]:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise MissingError(
-            "no *.safetensors in the folder", where=str(folder), remedy="save the model with safetensors; optkit reads no pickle"
+            "no *.safetensors in the folder",
+            where=str(folder),
+            remedy="save the model with safetensors; optkit reads no pickle",
         )
     return files
 

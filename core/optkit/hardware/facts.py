@@ -13,6 +13,7 @@ import shutil
 import subprocess
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from optkit.hardware.cgroups import cpu_quota, memory_limits
 
@@ -101,6 +102,10 @@ class Machine:
     python: str
     libraries: dict[str, str]
 
+    def facts(self) -> dict[str, Any]:
+        """Everything but the libraries as JSON data, in the names of these fields, for manifests and reports."""
+        return {name: value for name, value in asdict(self).items() if name != "libraries"}
+
     def fingerprint(self) -> str:
         """SHA-256 in hexadecimal over the hardware: the same after a reboot or an upgrade of any software."""
         gib = round(self.memory.total / 2**30)  # kernels reserve a little more or less
@@ -143,7 +148,7 @@ def memory() -> Memory:
 
 
 def isa(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
-    """Vector extensions that matter to inference, for example `avx512_vnni` or `neon`; empty where the system hides them.
+    """Vector extensions that matter to inference, for example `avx512_vnni`; empty where the system hides them.
 
     Args:
         cpuinfo: the kernel's description of the processors.

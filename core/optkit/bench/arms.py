@@ -1,0 +1,114 @@
+"""The two ways to run a causal language model that every benchmark sets side by side: transformers' own, and ours."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from optkit import hardware
+from optkit.backends import TokenSession
+from optkit.batching import Batcher
+from optkit.bench.interleave import Arm
+from optkit.engine import Engine, Request, SamplingParams
+from optkit.metrics import Run
+from optkit.model import Model
+
+__all__ = ["SessionArm", "TransformersArm"]
+
+
+class TransformersArm(Arm):
+    """`generate` of transformers, greedy and with its KV cache: what a user has before optimizing anything."""
+
+    def __init__(self, model: Model, name: str) -> None:
+        self.name = name
+        self._module: Any = model.module
+
+    def run(self, prompt: tuple[int, ...], output_tokens: int) -> Run:
+        import torch
+        from transformers import GenerationConfig
+
+        module = self._module
+        # In the place of the model's own configuration, whose penalties and stop tokens would make the work unequal.
+        settings = GenerationConfig(max_new_tokens=output_tokens, do_sample=False, pad_token_id=0, use_cache=True)
+        own, module.generation_config = module.generation_config, settings
+        try:
+            with _all_cores(), torch.inference_mode():
+                watch = _Stopwatch()
+                ids = torch.tensor([prompt])
+                module.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=watch)
+        finally:
+            module.generation_config = own
+        return watch.run(len(prompt))
+
+    def close(self) -> None:
+        self._module = None
+
+
+class SessionArm(Arm):
+    """One request after the other through the engine, over an open session of a backend. Closes the session.
+
+    Args:
+        session: nothing else may run in it meanwhile.
+        batcher: the strategy of the recipe.
+    """
+
+    def __init__(self, session: TokenSession, batcher: Batcher, name: str) -> None:
+        self.name = name
+        self._session = session
+        self._batcher = batcher
+
+    def run(self, prompt: tuple[int, ...], output_tokens: int) -> Run:
+        params = SamplingParams(max_tokens=output_tokens, temperature=0.0, ignore_eos=True)
+        with _all_cores():
+            begin = time.perf_counter()
+            engine = Engine(self._session, self._batcher)
+            seconds, output = [], []
+            for event in engine.stream(Request(prompt, params)):
+                seconds.append(time.perf_counter() - begin)
+                output.append(event.token)
+        return Run(len(prompt), tuple(seconds), tuple(output))
+
+    def close(self) -> None:
+        self._session.close()
+
+
+class _Stopwatch:
+    """A streamer of transformers that notes when each token came."""
+
+    def __init__(self) -> None:
+        self._begin = time.perf_counter()
+        self._prompt_seen = False
+        self._seconds: list[float] = []
+        self._output: list[int] = []
+
+    def put(self, tokens: Any) -> None:
+        """Called by `generate`, first with the prompt and then with each token."""
+        if self._prompt_seen:
+            self._seconds.append(time.perf_counter() - self._begin)
+            self._output += tokens.tolist()
+        self._prompt_seen = True
+
+    def end(self) -> None:
+        """Called by `generate` at the end."""
+
+    def run(self, prompt_tokens: int) -> Run:
+        return Run(prompt_tokens, tuple(self._seconds), tuple(self._output))
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    """The same threads for every arm, whatever the process was started with."""
+    # A runtime without torch in it is not made to load it: the import would count as the runtime's own memory.
+    torch = sys.modules.get("torch")
+    if torch is None:
+        yield
+        return
+    before = torch.get_num_threads()
+    torch.set_num_threads(hardware.usable_cores())
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,219 @@
+"""Decoders as ONNX graphs of ONNX Runtime's fused operators, straight from their transformers modules.
+
+The new tokens of all rows lie packed on one `[tokens]` axis, so that linear layers never see padding; only attention works
+on `[rows, width]`. Operators: `docs/ContribOperators.md` of ONNX Runtime 1.32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from optkit.errors import RecipeError
+from optkit.quantized import QuantizedLinear
+from optkit_backends.onnxruntime.builder import MICROSOFT, GraphBuilder
+from optkit_backends.onnxruntime.files import Facts
+
+__all__ = ["compile_module"]
+
+FLOAT, INT32, INT64 = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64
+# The other kinds depend on the length of the sequence, so their angles have no table.
+TABLED_ROPE = ("default", "linear", "llama3", "yarn")
+
+
+def compile_module(module: nn.Module, directory: Path, accuracy_level: int) -> None:
+    """Write graph, weights and facts.
+
+    Args:
+        module: a transformers causal LM, of an architecture that `OnnxRuntime.lowering` allows.
+        directory: exists and is empty.
+        accuracy_level: of MatMulNBits.
+
+    Raises:
+        RecipeError: the model has something that the graph cannot express.
+    """
+    model: Any = module
+    config = model.config
+    rope = config.rope_parameters["rope_type"]
+    if rope not in TABLED_ROPE:
+        raise RecipeError(
+            "the onnxruntime backend knows no such rope_type", found=rope, remedy=f"it knows {', '.join(TABLED_ROPE)}"
+        )
+    if config.hidden_act != "silu":
+        raise RecipeError("the onnxruntime backend knows silu only as hidden_act", found=config.hidden_act)
+    builder = GraphBuilder(directory, accuracy_level)
+    attention = _Decoder(builder, model).build()
+    builder.save(config.model_type)
+    Facts(
+        layers=len(model.model.layers),
+        kv_heads=config.num_key_value_heads,
+        head_dim=attention,
+        vocab_size=model.lm_head.out_features,
+        max_length=config.max_position_embeddings,
+    ).write(directory)
+
+
+class _Decoder:
+    """One model on its way into a graph."""
+
+    def __init__(self, builder: GraphBuilder, model: Any) -> None:
+        self.builder, self.model, self.config = builder, model, model.config
+        self.head_dim: int = model.model.layers[0].self_attn.head_dim
+        self.query_width = self.config.num_attention_heads * self.head_dim
+        self.kv_width = self.config.num_key_value_heads * self.head_dim
+        self.tokens = builder.input("tokens", INT64, ["tokens"])
+        # From packed tokens to [rows, width] and back: the token of each place, and the place of each token.
+        self.spread = builder.input("spread", INT64, ["rows", "width"])
+        self.places = builder.input("places", INT64, ["tokens", 2])
+        self.lengths = [
+            builder.input("seqlens_k", INT32, ["rows"]),
+            builder.input("total_sequence_length", INT32, []),
+        ]
+        self.query_seqlens = builder.input("query_seqlens", INT32, ["rows"])
+        self.logit_rows = builder.input("logit_rows", INT64, ["logits"])
+
+    def build(self) -> int:
+        """Fill the graph; returns the size of a head."""
+        body = self.model.model
+        self.angles = self._angles()
+        # Each norm also adds up the residual stream: `hidden` is the stream, `update` what was not added yet.
+        hidden, update = self._embedding(), None
+        for index, layer in enumerate(body.layers):
+            path = f"model.layers.{index}"
+            normed, hidden = self._norm(hidden, update, layer.input_layernorm, f"{path}.input_layernorm")
+            update = self._attention(normed, layer.self_attn, index, f"{path}.self_attn")
+            name = f"{path}.post_attention_layernorm"
+            normed, hidden = self._norm(hidden, update, layer.post_attention_layernorm, name)
+            update = self._mlp(normed, layer.mlp, f"{path}.mlp")
+        normed, _ = self._norm(hidden, update, body.norm, "model.norm")
+        rows = self.builder.node("Gather", [normed, self.logit_rows], "logit_rows.gather", axis=0)
+        logits = self.builder.linear(rows, [self.model.lm_head], "lm_head")
+        self.builder.output(logits, "logits", FLOAT, ["logits", self.model.lm_head.out_features])
+        return self.head_dim
+
+    def _angles(self) -> list[ir.Value]:
+        # One position more than the model has: padding may stand there, and its angles are looked up too.
+        positions = torch.arange(self.config.max_position_embeddings + 1)[None]
+        cos, sin = self.model.model.rotary_emb(torch.zeros(1), positions)
+        half = self.head_dim // 2
+        return [
+            self.builder.constant(f"model.rotary_emb.{name}", table[0, :, :half])
+            for name, table in (("cos", cos), ("sin", sin))
+        ]
+
+    def _embedding(self) -> ir.Value:
+        head, table, name = self.model.lm_head, self.model.model.embed_tokens, "model.embed_tokens"
+        if isinstance(head, QuantizedLinear) and torch.equal(head.dequantized(), table.weight):
+            blocks, (data, scales, zero_points) = self.builder.integers([head], "lm_head")
+            assert data is not None
+            # A matrix here and blobs in MatMulNBits: two shapes for the same bytes.
+            matrix = self.builder.reshaped(f"{name}.weight", data, blocks.data.shape)
+            operands = [matrix, self.tokens, scales, *([] if zero_points is None else [zero_points])]
+            sizes = {"bits": blocks.bits, "block_size": blocks.block_size}
+            return self.builder.node(
+                "GatherBlockQuantized", operands, name, MICROSOFT, gather_axis=0, quantize_axis=1, **sizes
+            )
+        owner = "lm_head" if table.weight is head.weight else name
+        return self.builder.node("Gather", [self.builder.constant(f"{owner}.weight", table.weight), self.tokens], name)
+
+    def _norm(
+        self, hidden: ir.Value, update: ir.Value | None, norm: Any, name: str
+    ) -> tuple[ir.Value, ir.Value]:
+        """RMS norm of `hidden + update`, and that sum."""
+        gamma = self.builder.constant(f"{name}.weight", norm.weight)
+        epsilon = float(norm.variance_epsilon)
+        if update is None:
+            operator = "SimplifiedLayerNormalization"
+            return self.builder.node(operator, [hidden, gamma], name, axis=-1, epsilon=epsilon), hidden
+        operator = "SkipSimplifiedLayerNormalization"
+        operands = [hidden, update, gamma]
+        normed, _, _, total = self.builder.nodes(operator, operands, name, MICROSOFT, 4, epsilon=epsilon)
+        return normed, total
+
+    def _attention(self, hidden: ir.Value, layer: Any, index: int, path: str) -> ir.Value:
+        builder = self.builder
+        projected = self._products(hidden, layer, ["q_proj", "k_proj", "v_proj"], f"{path}.qkv_proj")
+        if hasattr(layer, "q_norm"):
+            if len(projected) == 1:
+                sizes = [self.query_width, self.kv_width, self.kv_width]
+                projected = self._split(projected[0], sizes, f"{path}.split")
+            query, key, value = projected
+            query = self._head_norm(query, layer.q_norm, self.query_width, f"{path}.q_norm")
+            projected = [query, self._head_norm(key, layer.k_norm, self.kv_width, f"{path}.k_norm"), value]
+        names = ["spread"] if len(projected) == 1 else ["spread_q", "spread_k", "spread_v"]
+        spread: list[ir.Value | None] = [
+            builder.node("Gather", [part, self.spread], f"{path}.{name}", axis=0)
+            for part, name in zip(projected, names, strict=True)
+        ]
+        shape = ["rows", self.config.num_key_value_heads, "capacity", self.head_dim]
+        past = [builder.input(f"past.{index}.{kind}", FLOAT, shape) for kind in ("key", "value")]
+        absent: list[ir.Value | None] = [None]
+        output, *present = builder.nodes(
+            "GroupQueryAttention",
+            # Absent: position_ids to k_norm_weight. Key and value are absent too where one product makes all three.
+            [
+                *spread,
+                *absent * (3 - len(spread)),
+                *past,
+                *self.lengths,
+                *self.angles,
+                *absent * 7,
+                self.query_seqlens,
+            ],
+            path,
+            MICROSOFT,
+            3,
+            num_heads=self.config.num_attention_heads,
+            kv_num_heads=self.config.num_key_value_heads,
+            do_rotary=1,
+            scale=float(layer.scaling),
+            local_window_size=self._window(layer),
+        )
+        for value, kind in zip(present, ("key", "value"), strict=True):
+            builder.output(value, f"present.{index}.{kind}", FLOAT, shape)
+        packed = builder.node("GatherND", [output, self.places], f"{path}.pack")
+        return builder.linear(packed, [layer.o_proj], f"{path}.o_proj")
+
+    def _window(self, layer: Any) -> int:
+        """Tokens that a query sees, itself included, or -1 for all."""
+        everywhere = self.config.sliding_window if self.config.model_type == "mistral" else None
+        window = getattr(layer, "sliding_window", everywhere)
+        return -1 if window is None else int(window)
+
+    def _head_norm(self, hidden: ir.Value, norm: Any, width: int, name: str) -> ir.Value:
+        """RMS norm of every head of `[tokens, width]` by itself."""
+        by_head = self.builder.constant("shape.by_head", torch.tensor([-1, self.head_dim]))
+        heads = self.builder.node("Reshape", [hidden, by_head], f"{name}.by_head")
+        normed, _ = self._norm(heads, None, norm, name)
+        by_token = self.builder.constant(f"shape.{width}", torch.tensor([-1, width]))
+        return self.builder.node("Reshape", [normed, by_token], f"{name}.by_token")
+
+    def _mlp(self, hidden: ir.Value, layer: Any, path: str) -> ir.Value:
+        projected = self._products(hidden, layer, ["gate_proj", "up_proj"], f"{path}.gate_up_proj")
+        if len(projected) == 1:
+            half = layer.gate_proj.out_features
+            projected = self._split(projected[0], [half, half], f"{path}.split")
+        gate, up = projected
+        # QuickGelu is x * sigmoid(alpha * x), so with alpha 1 it is silu in one pass.
+        activated = self.builder.node("QuickGelu", [gate], f"{path}.act_fn", MICROSOFT, alpha=1.0)
+        product = self.builder.node("Mul", [activated, up], f"{path}.mul")
+        return self.builder.linear(product, [layer.down_proj], f"{path}.down_proj")
+
+    def _products(self, hidden: ir.Value, parent: Any, names: Sequence[str], stacked: str) -> list[ir.Value]:
+        """Layers that read the same input: one product named `stacked` if their formats agree, else one each."""
+        layers = [getattr(parent, name) for name in names]
+        if len({layer.scheme if isinstance(layer, QuantizedLinear) else None for layer in layers}) == 1:
+            return [self.builder.linear(hidden, layers, stacked)]
+        path = stacked.rpartition(".")[0]
+        return [
+            self.builder.linear(hidden, [layer], f"{path}.{name}") for layer, name in zip(layers, names, strict=True)
+        ]
+
+    def _split(self, hidden: ir.Value, sizes: Sequence[int], name: str) -> list[ir.Value]:
+        split = self.builder.constant("sizes." + ".".join(map(str, sizes)), torch.tensor(sizes))
+        return self.builder.nodes("Split", [hidden, split], name, outputs=len(sizes), axis=-1)
