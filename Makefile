@@ -54,7 +54,7 @@ types: .venv/.dev ## static types
 	.venv/bin/mypy
 
 layers: .venv/.dev ## which module may import which
-	.venv/bin/lint-imports
+	.venv/bin/lint-imports --no-logo
 
 docs: .venv/.dev ## write the generated reference pages
 	.venv/bin/python scripts/docs.py

@@ -42,6 +42,8 @@ class Metric(Options):
 
     unit: ClassVar[str]
     better: ClassVar[Literal["higher", "lower"]]
+    relative: ClassVar[bool] = True
+    """Whether its ratio to the baseline's figure means anything. A distance from the baseline has none."""
 
 
 class TokenMetric(Metric):

@@ -71,7 +71,7 @@ def _limit(text: str | int | float) -> Limit:
         raise ValueError(_NO_LIMIT)
     if not 0 < ratio < 1e9:
         raise ValueError(
-            "must leave more than nothing of the baseline; write a percentage above -100% or a ratio above 0x"
+            "must leave something of the baseline; write a percentage above -100% or a ratio above 0x"
         )
     return Limit("ratio", ratio)
 
@@ -305,13 +305,8 @@ def _check_gates(gates: tuple[Gate, ...], document: Document, plugins: Plugins) 
 def recipe_schema(plugins: Plugins) -> dict[str, Any]:
     """JSON Schema, draft 2020-12, of recipes that use the installed plugins. Those that fail to import are left out."""
     installed = {kind: _classes(kind, plugins) for kind in _SLOTS}
-    classes = {plugin for named in installed.values() for plugin in named.values()}
-    models: list[type[Options]] = [
-        RecipeKeys,
-        EvaluationKeys,
-        Gate,
-        *sorted(classes, key=lambda plugin: plugin.__name__),
-    ]
+    classes = dict.fromkeys(plugin for named in installed.values() for plugin in named.values())
+    models: list[type[Options]] = [RecipeKeys, EvaluationKeys, Gate, *classes]
     references, generated = models_json_schema([(model, "validation") for model in models])
     definitions: dict[str, Any] = generated["$defs"]
     keys = {model: reference["$ref"].rpartition("/")[2] for (model, _), reference in references.items()}

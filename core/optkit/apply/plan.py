@@ -14,6 +14,7 @@ from optkit.backends import Backend, Lowering
 from optkit.errors import MachineError, MissingError, RecipeError
 from optkit.locations import cache_root
 from optkit.model import ModelCard
+from optkit.plugins import Plugins
 from optkit.steps import Limits
 from optkit.transforms import Transform
 
@@ -65,7 +66,7 @@ class Plan:
         return self.steps[-1].tags if self.steps else self.card.tags
 
 
-def make_plan(recipe: Recipe) -> Plan:
+def make_plan(recipe: Recipe, plugins: Plugins) -> Plan:
     """Check everything that can be checked before the work.
 
     Raises:
@@ -74,6 +75,7 @@ def make_plan(recipe: Recipe) -> Plan:
         MissingError: the model, or what the backend needs, is not on this machine.
         MachineError: too little memory or disk.
     """
+    _check_gates(recipe, plugins)
     card = _inspect(recipe)
     steps = _fold(recipe, card)
     tags = steps[-1].tags if steps else card.tags
@@ -92,6 +94,18 @@ def _inspect(recipe: Recipe) -> ModelCard:
         raise MissingError(
             f"{error.where}: {error.what}", where=where, found=error.found, remedy=error.remedy
         ) from error
+
+
+def _check_gates(recipe: Recipe, plugins: Plugins) -> None:
+    for index, gate in enumerate(recipe.gates):
+        metric = plugins.get("metric", gate.metric, where=recipe.document.where("gates", index, "metric"))
+        if gate.limit.kind == "ratio" and not metric.relative:
+            raise recipe.document.error(
+                f"{gate.metric} has no ratio to the baseline, it is a distance from it",
+                "gates",
+                index,
+                remedy="give a plain number as the limit",
+            )
 
 
 def _fold(recipe: Recipe, card: ModelCard) -> tuple[PlannedStep, ...]:

@@ -55,8 +55,8 @@ table {{ border-collapse: collapse; width: 100% }} td, th {{ padding: .3rem .6re
 {gates}
 </ul><h2>Kernels</h2><ul>
 {kernels}
-</ul><h2>Machine</h2><p>{escape(str(machine.get("cpu_name", "")))}, {escape(str(machine.get("cores", "")))} cores;
-{escape(", ".join(f"{name} {version}" for name, version in report["libraries"].items()))}</p>
+</ul><h2>Machine</h2><p>{escape(str(machine["cpu"]))}, {escape(str(machine["cores"]))} cores;
+{escape(", ".join(f"{name} {version}" for name, version in machine["libraries"].items()))}</p>
 </body></html>
 """
 

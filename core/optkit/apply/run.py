@@ -18,7 +18,11 @@ from optkit.apply.plan import Plan, check_output
 from optkit.apply.report import render_html
 from optkit.apply.workshop import Workshop, workshop
 from optkit.artifact import Artifact, StepRecord, open_artifact, publish, staging
+from optkit.backends import TokenSession
+from optkit.bench import Files, SessionArm, TransformersArm
 from optkit.errors import GateFailed
+from optkit.evaluate import ModelScorer, SessionScorer, parity
+from optkit.model import Model
 from optkit.plugins import Plugins
 from optkit.recipe import Use
 from optkit.transforms import TransformContext
@@ -28,6 +32,8 @@ __all__ = ["Outcome", "Progress", "apply"]
 
 Progress = Callable[[str, int, int, str], None]
 """`progress(step, done, total, what)`, called at least once a second in long work."""
+
+_PARITY_WINDOWS, _PARITY_TOKENS = 2, 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,62 +85,70 @@ class _Steps:
     def __init__(self, plan: Plan, plugins: Plugins, shop: Workshop, source: str, progress: Progress) -> None:
         self.done: list[CachedStep] = []
         self._plan, self._plugins, self._shop, self._progress = plan, plugins, shop, progress
-        self._recipe = plan.recipe
+        self._recipe, self._resolved = plan.recipe, plan.recipe.resolved()
+        self._source = self._key = source
+        self._machine = hardware.machine()
         self._cache = StepCache()
         self._records: list[StepRecord] = []
-        self._source = source
-        self._key = key_of(source=source, libraries=hardware.libraries())
         self._weights: Path | None = None
         self._tags = plan.card.tags
 
     def transform(self, index: int) -> None:
         """Apply one transform, and measure what it does to quality and size."""
-        use = self._recipe.transforms[index]
+        use, before, tags = self._recipe.transforms[index], self._weights, self._tags
         name = f"{index + 1} {use.name}"
-        changed = self._step(name, use, partial(self._transform, use, name), {"before": self._key})
+        made: list[Model] = []
+
+        def work(directory: Path) -> dict[str, Any]:
+            context = TransformContext(partial(self._progress, name))
+            model = use.options.apply(self._shop.take(before, tags), context)
+            save_folder(model, directory)
+            made.append(model)
+            return {"tags": sorted(model.tags), "weight_bytes": measure.folder_bytes(directory)}
+
+        changed = self._step(name, use, work, {"model": self._key})
         self._key, self._weights, self._tags = changed.key, changed.data, frozenset(changed.report["tags"])
-        setting = {"model": self._key, "evaluation": self._recipe.resolved()["evaluation"], "source": self._source}
-        effect = self._step(f"{name}: quality", self._recipe.evaluation.dataset, self._effect, setting)
+        for model in made:
+            self._shop.keep(self._weights, model)
+        inputs = {"model": self._key, "evaluation": self._resolved["evaluation"], "source": self._source}
+        effect = self._step(f"{name}: quality", self._recipe.evaluation.dataset, self._effect, inputs)
         self._record(use, changed, {**effect.report, "weight_bytes": changed.report["weight_bytes"]})
 
     def finish(self) -> dict[str, Any]:
-        """Compile, open, and measure against the baseline: parity, quality, speed, footprint. Then judge."""
-        recipe, limits = self._recipe, asdict(self._plan.limits)
+        """Compile, open, and measure against the baseline: parity, quality, speed, footprint. Then judge.
+
+        Returns:
+            The contents of `report.json`.
+        """
+        recipe = self._recipe
         if self._weights is None:
-            saved = self._step("save weights", recipe.model, self._save, {"before": self._key})
+            saved = self._step("save weights", recipe.model, self._save, {"model": self._key})
             self._key, self._weights = saved.key, saved.data
         compiled = self._step("compile", recipe.backend, self._compile, {"model": self._key})
         self._record(recipe.backend, compiled, {})
-        self._runtime = compiled.data
-        base = {"compiled": compiled.key, "limits": limits, "source": self._source}
-        resolved = recipe.resolved()
-        quality = self._step(
-            "quality", recipe.evaluation.dataset, self._quality, {**base, "evaluation": resolved["evaluation"]}
-        )
-        speed = self._step(
-            "benchmark",
-            recipe.batching,
-            self._speed,
-            {**base, "benchmark": resolved["benchmark"], "machine": hardware.machine().fingerprint()},
-        )
-        figures = {**quality.report["metrics"], **speed.report["metrics"]}
-        parity = quality.report["parity"]
+        self._files = Files(compiled.data, self._weights, self._plan.limits)
+        inputs = {"compiled": compiled.key, "limits": asdict(self._plan.limits), "source": self._source}
+        inputs["evaluation"] = self._resolved["evaluation"]
+        quality = self._step("quality", recipe.evaluation.dataset, self._quality, inputs)
+        inputs |= {"benchmark": self._resolved["benchmark"], "machine": self._machine.fingerprint()}
+        speed = self._step("benchmark", recipe.batching, self._speed, inputs)
+        figures = {**speed.report["footprint"], **speed.report["speed"], **quality.report["quality"]}
+        parity, lowering = quality.report["parity"], self._plan.lowering
         return {
             "name": recipe.name,
             "metrics": figures,
             "parity": parity,
-            "gates": [asdict(gate) for gate in check_gates(recipe.gates, figures, self._plan.lowering, parity)],
-            "lowering": {tag: asdict(lowered) for tag, lowered in self._plan.lowering.items()},
+            "gates": [asdict(gate) for gate in check_gates(recipe.gates, figures, lowering, parity)],
+            "lowering": {tag: asdict(lowered) for tag, lowered in lowering.items()},
             "steps": [record.model_dump() for record in self._records],
-            "machine": hardware.machine().facts(),
+            "machine": asdict(self._machine),
             "samples": speed.report["samples"],
         }
 
     def assemble(self, staged: Path, report: Mapping[str, Any]) -> None:
         """Put everything but the manifest into `staged`."""
-        assert self._weights is not None
-        shutil.copytree(self._weights, staged / "weights")
-        shutil.copytree(self._runtime, staged / "runtime")
+        shutil.copytree(self._files.weights, staged / "weights")
+        shutil.copytree(self._files.runtime, staged / "runtime")
         (staged / "recipe.yaml").write_text(self._recipe.document.text, encoding="utf-8")
         (staged / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         (staged / "report.html").write_text(render_html(report), encoding="utf-8")
@@ -143,46 +157,96 @@ class _Steps:
         """The fields of the manifest."""
         return {
             "name": self._recipe.name,
-            "recipe": self._recipe.resolved(),
+            "recipe": self._resolved,
             "recipe_hash": recipe_hash,
             "tags": sorted(self._tags),
             "max_batch_size": self._plan.limits.max_batch_size,
             "max_length": self._plan.limits.max_length,
             "steps": self._records,
             "servable_by": ["optkit", "transformers", "vllm"],
-            "machine": hardware.machine().facts(),
+            "machine": asdict(self._machine),
         }
-
-    def _step(self, name: str, use: Use[Any], work: Callable[[Path], dict[str, Any]], inputs: Mapping[str, Any]) -> CachedStep:
-        """One step through the cache; observers hear of it. The libraries' versions are part of every key."""
-        key = key_of(step=name, plugin=_identity(use), libraries=hardware.libraries(), **inputs)
-        self._plugins.hook.step_started(step=name)
-        self._progress(name, 0, 1, "")
-        step = self._cache.run(key, name, work)
-        self._progress(name, 1, 1, "cached" if step.hit else f"{step.seconds:.1f} s")
-        self._plugins.hook.step_finished(
-            step=name, report={"key": key, "seconds": step.seconds, "cached": step.hit, **step.report}
-        )
-        self.done.append(step)
-        return step
-
-    def _record(self, use: Use[Any], step: CachedStep, effect: Mapping[str, Any]) -> None:
-        self._records.append(
-            StepRecord(step=step.name, key=step.key, seconds=step.seconds, effect=dict(effect), **_identity(use))
-        )
 
     # --- what the steps do
 
-    def _transform(self, use: Use[Any], name: str, directory: Path) -> dict[str, Any]:
+    def _effect(self, _: Path) -> dict[str, Any]:
         model = self._shop.take(self._weights, self._tags)
-        model = use.options.apply(model, TransformContext(partial(self._progress, name)))
-        save_folder(model, directory)
-        self._shop.keep(self._cache.place(directory), model)
-        return {"tags": sorted(model.tags), "weight_bytes": measure.folder_bytes(directory)}
+        progress = partial(self._progress, f"{len(self._records) + 1} quality")
+        figures = measure.quality(self._shop, ModelScorer(model.module), self._plugins, progress)
+        self._keep(model)
+        return {"quality": figures}
 
     def _save(self, directory: Path) -> dict[str, Any]:
         save_folder(self._shop.baseline, directory)
         return {"tags": sorted(self._tags), "weight_bytes": measure.folder_bytes(directory)}
 
-    def _effect(self, _: Path) -> dict[str, Any]:
-        raise NotImplementedError
+    def _compile(self, directory: Path) -> dict[str, Any]:
+        model = self._shop.take(self._weights, self._tags)
+        self._recipe.backend.options.compile(model, directory)
+        self._keep(model)
+        return {"runtime_bytes": measure.folder_bytes(directory)}
+
+    def _quality(self, _: Path) -> dict[str, Any]:
+        model = self._shop.take(self._weights, self._tags)
+        tolerance = max(lowered.tolerance for lowered in self._plan.lowering.values())
+        with self._open() as session:
+            candidate = SessionScorer(session)
+            few = [window[:_PARITY_TOKENS] for window in self._shop.windows[:_PARITY_WINDOWS]]
+            distance = parity(ModelScorer(model.module), candidate, few)
+            del model  # before the evaluation: nobody needs it any more
+            figures = measure.quality(self._shop, candidate, self._plugins, partial(self._progress, "quality"))
+        return {"quality": figures, "parity": {"distance": distance, "tolerance": tolerance}}
+
+    def _speed(self, _: Path) -> dict[str, Any]:
+        recipe, shop, progress = self._recipe, self._shop, partial(self._progress, "benchmark")
+        footprint = measure.footprints(recipe, self._files, shop, self._plugins, partial(self._progress, "memory"))
+        batcher = recipe.batching.options
+        arms = (
+            TransformersArm(shop.baseline, measure.BASELINE),
+            SessionArm(self._open(), batcher, measure.OPTIMIZED),
+        )
+        figures, samples = measure.speed(arms, shop, recipe.benchmark, self._plugins, progress)
+        return {"speed": figures, "footprint": footprint, "samples": samples}
+
+    # --- what they share
+
+    def _open(self) -> TokenSession:
+        files = self._files
+        session: TokenSession = self._recipe.backend.options.open(files.runtime, files.weights, files.limits)
+        return session
+
+    def _keep(self, model: Model) -> None:
+        assert self._weights is not None
+        self._shop.keep(self._weights, model)
+
+    def _step(
+        self, name: str, use: Use[Any], work: Callable[[Path], dict[str, Any]], inputs: Mapping[str, Any]
+    ) -> CachedStep:
+        """One step through the cache; observers hear of it. The libraries' versions are part of every key."""
+        key = key_of(step=name, plugin=_identity(use), libraries=self._machine.libraries, inputs=inputs)
+        self._plugins.hook.step_started(step=name)
+        self._progress(name, 0, 1, "")
+        step = self._cache.run(key, name, work)
+        self._progress(name, 1, 1, "cached" if step.hit else f"{step.seconds:.1f} s")
+        report = {"key": key, "seconds": step.seconds, "cached": step.hit, **step.report}
+        self._plugins.hook.step_finished(step=name, report=report)
+        self.done.append(step)
+        return step
+
+    def _record(self, use: Use[Any], step: CachedStep, effect: Mapping[str, Any]) -> None:
+        self._records.append(
+            StepRecord(
+                step=step.name,
+                distribution=use.distribution,
+                version=use.version,
+                options=use.resolved()[use.name],
+                key=step.key,
+                seconds=step.seconds,
+                effect=dict(effect),
+            )
+        )
+
+
+def _identity(use: Use[Any]) -> dict[str, Any]:
+    """What of a plugin decides its result: where it comes from, in which version, and its options."""
+    return {"plugin": use.resolved(), "distribution": use.distribution, "version": use.version}

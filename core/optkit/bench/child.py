@@ -1,4 +1,4 @@
-"""The process that `optkit.bench.memory` starts: reads a task as JSON on stdin, answers with one JSON object on stdout."""
+"""The process that `optkit.bench.memory` starts: a task as JSON on stdin, the answer as one JSON object on stdout."""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -116,6 +116,7 @@ def measure(
         for done, arm in enumerate(arms):
             progress(done, total, f"warm up {arm.name}")
             arm.run(cut[-1], workload.output_tokens)
+        stack.enter_context(_own_garbage_only())
         random = np.random.default_rng(workload.seed)
         for block in range(workload.blocks):
             order = random.permutation(len(entrants)).tolist()
@@ -123,7 +124,8 @@ def measure(
                 label, arm = entrants[index]
                 progress(len(arms) + len(samples), total, f"block {block + 1} of {workload.blocks}: {label}")
                 prompt = cut[(2 * block + position // len(entrants)) % len(cut)]
-                samples.append(Sample(block, position, label, _run(arm, prompt, workload)))
+                gc.collect()
+                samples.append(Sample(block, position, label, arm.run(prompt, workload.output_tokens)))
         progress(total, total, "benchmark")
     return Samples(workload, tuple(label for label, _ in entrants), twin, tuple(samples))
 
@@ -148,14 +150,16 @@ def _cut(prompt: tuple[int, ...], workload: Workload) -> tuple[int, ...]:
     return prompt[: workload.prompt_tokens]
 
 
-def _run(arm: Arm, prompt: tuple[int, ...], workload: Workload) -> Run:
-    # A full collection walks the objects of all arms at once, and falls on whichever arm happens to allocate: a cost
-    # that none of them has alone in its process. So it happens here, between the runs, and not inside them.
+@contextmanager
+def _own_garbage_only() -> Iterator[None]:
+    """Let a run pay for collecting its own garbage, as it would alone in its process, and not for anybody else's.
+
+    A full collection walks every object of every arm, and falls on whichever arm happens to allocate. So what is there
+    before the first run is left out of collections, and what a run leaves behind is collected before the next one.
+    """
     gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
+    gc.freeze()
     try:
-        return arm.run(prompt, workload.output_tokens)
+        yield
     finally:
-        if enabled:
-            gc.enable()
+        gc.unfreeze()

@@ -32,7 +32,15 @@ _SYNTAX = (
     ("unexpected end of stream", "a quote is never closed", "close it"),
     ("'<stream end>'", "a bracket is never closed", "close it"),
     ("expected <block end>", "this does not fit what stands before it", "check the indentation and the quotes"),
+    ("expected '<document start>'", "this does not fit what stands before it", "check the indentation and the quotes"),
+    ("expected ',' or", "a comma or the closing bracket is missing before this", "add it"),
+    ("sequence entries are not allowed here", "a list item cannot stand here", "put the list on lines of its own"),
     ("unknown escape", "unknown escape in a double-quoted text", "use single quotes, or double the backslash"),
+    (
+        "expected escape sequence",
+        "unknown escape in a double-quoted text",
+        "use single quotes, or double the backslash",
+    ),
 )
 
 

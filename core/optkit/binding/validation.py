@@ -127,7 +127,8 @@ def _phrase(error: ErrorDetails, schemas: list[dict[str, Any]]) -> str:
     if kind in _COUNTED:
         word, bound = ("least", context["min_length"]) if "short" in kind else ("most", context["max_length"])
         return f"must have at {word} {bound} {_COUNTED[kind]}{'' if bound == 1 else 's'}"
-    return error["msg"][:1].lower() + error["msg"][1:].replace("should", "must")
+    said = error["msg"].replace("Input should", "must")
+    return said[:1].lower() + said[1:]
 
 
 def _range(schema: Mapping[str, Any]) -> str:

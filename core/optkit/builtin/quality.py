@@ -45,6 +45,7 @@ class KLDivergence(TokenMetric):
 
     unit = "nat"
     better = "lower"
+    relative = False
 
     def per_token(self, logits: Floats, baseline: Floats, targets: npt.NDArray[np.int64]) -> Floats:
         """The divergence at each position."""
@@ -78,6 +79,7 @@ class Top1Agreement(TokenMetric):
 
     unit = ""
     better = "higher"
+    relative = False
 
     def per_token(self, logits: Floats, baseline: Floats, targets: npt.NDArray[np.int64]) -> Floats:
         """1 where they agree, else 0."""

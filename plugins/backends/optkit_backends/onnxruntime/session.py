@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,10 @@ from optkit_backends.onnxruntime.files import GRAPH, Facts
 
 __all__ = ["OnnxSession"]
 
-# Keys and values of one window of slots are bound once; each window keeps 4 bindings per layer.
-WINDOWS = 64
+Floats = npt.NDArray[np.float32]
+Layout = tuple[tuple[int, int, str], ...]
+# Layouts that stay bound, the most recent ones: steps of decoding repeat theirs, those of prompts seldom do.
+LAYOUTS = 64
 
 
 class OnnxSession(TokenSession):
@@ -53,84 +55,91 @@ class OnnxSession(TokenSession):
             )
         self._directory, self._threads = directory, threads
         self._session: Any = _load(directory, threads)
-        self._bindings: dict[tuple[int, int], Any] = {}
+        self._launches: dict[Layout, _Launch] = {}
         self._cache = {
             f"{layer}.{kind}": np.zeros(shape, np.float32) for layer in range(facts.layers) for kind in ("key", "value")
         }
 
     def execute(self, plan: StepPlan) -> StepResult:
-        logits: dict[int, npt.NDArray[np.float32]] = {}
+        logits: dict[int, Floats] = {}
         for rows in _launches(plan.rows, self._capacity):
-            launch = _Launch(rows, self.caps.vocab_size)
-            window = (launch.first, launch.slots)
-            if window not in self._bindings:
-                if len(self._bindings) == WINDOWS:
-                    self._bindings.pop(next(iter(self._bindings)))
-                self._bindings[window] = self._bound(self._session, *window)
-            launch.run(self._session, self._bindings[window])
-            logits |= launch.split()
+            logits |= self._launch(rows)(rows)
         return StepResult(tuple(logits[row.sequence] for row in plan.rows))
+
+    def _launch(self, rows: Sequence[Row]) -> _Launch:
+        layout = tuple((row.blocks[0], len(row.tokens), row.logits) for row in rows)
+        launch = self._launches.pop(layout, None) or _Launch(self._session, self._cache, layout, self.caps.vocab_size)
+        self._launches[layout] = launch
+        if len(self._launches) > LAYOUTS:
+            del self._launches[next(iter(self._launches))]
+        return launch
 
     def profile(self, plan: StepPlan) -> list[KernelTime]:
         return []
 
     def close(self) -> None:
         self._session = None
-        self._bindings.clear()
+        self._launches.clear()
         self._cache.clear()
-
-    def _bound(self, session: Any, first: int, slots: int) -> Any:
-        binding = session.io_binding()
-        for name, cache in self._cache.items():
-            view = cache[first : first + slots]
-            binding.bind_input(f"past.{name}", "cpu", 0, np.float32, view.shape, view.ctypes.data)
-            binding.bind_output(f"present.{name}", "cpu", 0, np.float32, view.shape, view.ctypes.data)
-        return binding
 
 
 class _Launch:
-    """One run of the graph: some rows of a step, laid out as its inputs."""
+    """A run of the graph for rows of one layout: which slots, how many new tokens each, and which logits.
 
-    def __init__(self, rows: Sequence[Row], vocab_size: int) -> None:
-        self._rows = sorted(rows, key=lambda row: row.blocks[0])
-        slots = [row.blocks[0] for row in self._rows]
-        self.first, self.slots = slots[0], slots[-1] - slots[0] + 1
-        counts = [len(row.tokens) for row in self._rows]
-        # Slots of the window that are not in the step: no new token, and a length that says one old one.
-        seqlens, query_seqlens = np.zeros(self.slots, np.int32), np.zeros(self.slots, np.int32)
-        spread = np.zeros((self.slots, max(counts)), np.int64)
-        places, kept, start = np.empty((sum(counts), 2), np.int64), [], 0
-        self._counts = []
-        for row, slot, count in zip(self._rows, slots, counts, strict=True):
-            index, end = slot - self.first, start + count
-            seqlens[index], query_seqlens[index] = row.computed + count - 1, count
-            spread[index, :count] = np.arange(start, end)
-            places[start:end, 0], places[start:end, 1] = index, np.arange(count)
-            wanted = {"none": end, "last": end - 1, "all": start}[row.logits]
-            kept += range(wanted, end)
-            self._counts.append(end - wanted)
+    Everything that the layout decides is bound once; a step of the same layout only brings tokens and lengths.
+    """
+
+    def __init__(self, session: Any, cache: Mapping[str, Floats], layout: Layout, vocab_size: int) -> None:
+        slots, counts, logits = zip(*layout, strict=True)
+        first, width, tokens = min(slots), max(counts), sum(counts)
+        window = max(slots) + 1 - first
+        self._rows = np.array(slots) - first
+        self._counts = np.array(counts, np.int32)
+        # Slots of the window without a row: no new token, and a cache that is said to hold one.
+        query_seqlens, self._seqlens = np.zeros(window, np.int32), np.zeros(window, np.int32)
+        query_seqlens[self._rows] = counts
+        self._tokens, self._total = np.empty(tokens, np.int64), np.empty((), np.int32)
+        spread, places = np.zeros((window, width), np.int64), np.empty((tokens, 2), np.int64)
+        kept: list[int] = []
+        self._ends: list[int] = []
+        start = 0
+        for row, count, wanted in zip(self._rows, counts, logits, strict=True):
+            end = start + count
+            spread[row, :count] = np.arange(start, end)
+            places[start:end, 0], places[start:end, 1] = row, np.arange(count)
+            kept += range({"none": end, "last": end - 1, "all": start}[wanted], end)
+            self._ends.append(len(kept))
             start = end
+        self._width, self._logits_shape = width, (len(kept), vocab_size)
+        # Bindings hold addresses only, so the arrays live here.
         self._inputs = {
-            "tokens": np.array([token for row in self._rows for token in row.tokens], np.int64),
+            "tokens": self._tokens,
             "spread": spread,
             "places": places,
-            "seqlens_k": seqlens,
+            "seqlens_k": self._seqlens,
             "query_seqlens": query_seqlens,
-            "total_sequence_length": np.array(max(int(seqlens.max()) + 1,spread.shape[1]), np.int32),
+            "total_sequence_length": self._total,
             "logit_rows": np.array(kept, np.int64),
         }
-        self._logits = np.empty((len(kept), vocab_size), np.float32)
-
-    def run(self, session: Any, binding: Any) -> None:
+        self._session, self._binding = session, session.io_binding()
         for name, array in self._inputs.items():
-            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        binding.bind_output("logits", "cpu", 0, np.float32, self._logits.shape, self._logits.ctypes.data)
-        session.run_with_iobinding(binding)
+            self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        for name, whole in cache.items():
+            view = whole[first : first + window]
+            self._binding.bind_input(f"past.{name}", "cpu", 0, view.dtype, view.shape, view.ctypes.data)
+            self._binding.bind_output(f"present.{name}", "cpu", 0, view.dtype, view.shape, view.ctypes.data)
 
-    def split(self) -> dict[int, npt.NDArray[np.float32]]:
-        """The logits of each row, by sequence."""
-        parts = np.split(self._logits, np.cumsum(self._counts)[:-1])
-        return {row.sequence: part for row, part in zip(self._rows, parts, strict=True)}
+    def __call__(self, rows: Sequence[Row]) -> dict[int, Floats]:
+        """The logits of `rows`, which have this layout, by sequence."""
+        self._tokens[:] = [token for row in rows for token in row.tokens]
+        lengths = self._counts + [row.computed for row in rows]
+        self._seqlens[self._rows] = lengths - 1
+        self._total[...] = max(int(lengths.max()), self._width)
+        logits = np.empty(self._logits_shape, np.float32)
+        self._binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        self._session.run_with_iobinding(self._binding)
+        starts = [0, *self._ends]
+        return {row.sequence: logits[a:b] for row, a, b in zip(rows, starts, self._ends, strict=False)}
 
 
 def _launches(rows: Sequence[Row], capacity: int) -> list[list[Row]]:
