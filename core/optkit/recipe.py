@@ -69,10 +69,8 @@ def _limit(text: str | int | float) -> Limit:
         ratio = float(times[1])
     else:
         raise ValueError(_NO_LIMIT)
-    if not 0 < ratio < 1e9:
-        raise ValueError(
-            "must leave something of the baseline; write a percentage above -100% or a ratio above 0x"
-        )
+    if not 0 < ratio < 1e6:
+        raise ValueError("must be above -100% or 0x, and below 1000000x")
     return Limit("ratio", ratio)
 
 

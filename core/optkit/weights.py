@@ -18,12 +18,20 @@ if TYPE_CHECKING:
 
     from optkit.quantized import QuantizedLinear, WeightScheme
 
-__all__ = ["causal_lm_tags", "load_folder", "save_folder"]
+__all__ = ["causal_lm_tags", "load_folder", "quiet_transformers", "save_folder"]
 
 
 def causal_lm_tags(config: Any) -> frozenset[str]:
     """The tags of an untouched causal language model with this transformers configuration."""
     return frozenset({"task:causal-lm", f"arch:{config.model_type}", "weights:float"})
+
+
+def quiet_transformers() -> None:
+    """Keep transformers from drawing bars and warning on standard error: optkit shows its own progress."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def save_folder(model: Model, directory: Path) -> None:
@@ -32,6 +40,7 @@ def save_folder(model: Model, directory: Path) -> None:
 
     from optkit.quantized import quantized_layers
 
+    quiet_transformers()
     directory.mkdir(parents=True, exist_ok=True)
     module: Any = model.module
     quantized = dict(quantized_layers(module))
@@ -71,6 +80,7 @@ def load_folder(directory: Path, *, tags: frozenset[str] | None = None) -> Model
     import transformers
     from safetensors import SafetensorError
 
+    quiet_transformers()
     if not (directory / "config.json").is_file():
         raise MissingError("no config.json, so no Hugging Face model", where=str(directory))
     try:

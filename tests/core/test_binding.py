@@ -252,7 +252,7 @@ def test_scalars_follow_the_core_schema(scalar: str, value: object) -> None:
         ("a: [1\nb: 2\n", "q.yaml:2:2: not valid YAML: a comma or the closing bracket is missing before this; add it"),
         ("{a: 1}\nb: 2\n", "q.yaml:2:1: not valid YAML: this does not fit what stands before it; check the indentation and the quotes"),
         ("a: - b\n", "q.yaml:1:4: not valid YAML: a list item cannot stand here; put the list on lines of its own"),
-        ('a: "C:\\users"\n', "q.yaml:1:8: not valid YAML: unknown escape in a double-quoted text; use single quotes, or double the backslash"),
+        ('a: "C:\\users"\n', "q.yaml:1:9: not valid YAML: unknown escape in a double-quoted text; use single quotes, or double the backslash"),
         ("a: >x\n", "q.yaml:1:5: not valid YAML: expected chomping or indentation indicators, but found 'x'"),
         ('a: "\\q"\n', "q.yaml:1:6: not valid YAML: unknown escape in a double-quoted text; use single quotes, or double the backslash"),
         ('a: "x" y\n', "q.yaml:1:8: not valid YAML: this does not fit what stands before it; check the indentation and the quotes"),

@@ -250,7 +250,7 @@ LIMITS = (
     | st.floats(-1e6, 1e6)
     | st.integers(-99, 10**6).map(lambda percent: f"{percent:+d}%")
     | st.decimals(0, 100, places=2).map(lambda percent: f"+{percent}%")
-    | st.integers(1, 10**6).map(lambda ratio: f"{ratio}x")
+    | st.integers(1, 10**6 - 1).map(lambda ratio: f"{ratio}x")
 )
 NAMES = st.text(max_size=8).filter(lambda text: "\0" not in text)
 ROUND = st.fixed_dictionaries(
@@ -385,7 +385,7 @@ SIDES = "needs either at_most or at_least; write one of them, and a second gate 
         ("evaluation: {tokens: 100}", "3:14: evaluation.tokens: must be at least 256, found 100"),
         ("evaluation: {context_length: 1}", "3:14: evaluation.context_length: must be at least 32, found 1"),
         ("evaluation: {dataset: wikitext}", "3:14: unknown dataset, found 'wikitext'; installed are: python_reference"),
-        ("evaluation:\n  dataset: {python_reference: {text: 4}}", "4:31: evaluation.dataset.python_reference.text: must be a string, found 4; put it in quotes"),
+        ("evaluation:\n  dataset: {python_reference: {text: 4}}", "4:32: evaluation.dataset.python_reference.text: must be a string, found 4; put it in quotes"),
         ("evaluation:", "3:1: evaluation: must be a mapping, found null; give it a value, or leave the key out"),
         ("benchmark: {blocks: 2}", "3:13: benchmark.blocks: must be 3 to 1000, found 2"),
         ("benchmark: {prompt_tokens: 0}", "3:13: benchmark.prompt_tokens: must be at least 1, found 0"),
@@ -400,8 +400,9 @@ SIDES = "needs either at_most or at_least; write one of them, and a second gate 
         ("gates: [{metric: perplexity, at_most: true}]", f"3:30: gates[0].at_most: is no limit, found true; {LIMIT}"),
         ("gates: [{metric: perplexity, at_most: [1]}]", f"3:30: gates[0].at_most: is no limit; {LIMIT}"),
         ("gates: [{metric: perplexity, at_most: x1.5}]", f"3:30: gates[0].at_most: is no limit, found 'x1.5'; {LIMIT}"),
-        ("gates: [{metric: perplexity, at_most: -100%}]", "3:30: gates[0].at_most: must leave something of the baseline, found '-100%'; write a percentage above -100% or a ratio above 0x"),
-        ("gates: [{metric: perplexity, at_most: 0x}]", "3:30: gates[0].at_most: must leave something of the baseline, found '0x'; write a percentage above -100% or a ratio above 0x"),
+        ("gates: [{metric: perplexity, at_most: -100%}]", "3:30: gates[0].at_most: must be above -100% or 0x, and below 1000000x, found '-100%'"),
+        ("gates: [{metric: perplexity, at_most: 0x}]", "3:30: gates[0].at_most: must be above -100% or 0x, and below 1000000x, found '0x'"),
+        ("gates: [{metric: perplexity, at_most: 9999999x}]", "3:30: gates[0].at_most: must be above -100% or 0x, and below 1000000x, found '9999999x'"),
         ("gates:\n- {metric: perplexity, at_most: 1}\n- {metric: perplexity, at_least: 1}\n- {metric: perplexity, at_most: 2}", "6:3: gates[2]: a second at_most for perplexity, gates[0] is the first; remove one of them"),
         ("name: My Recipe", "3:1: name: must match ^[a-z0-9][a-z0-9._-]*$, found 'My Recipe'"),
         ("name: ..", "3:1: name: must match ^[a-z0-9][a-z0-9._-]*$, found '..'"),

@@ -45,7 +45,9 @@ def check_gates(
 
 def _parity(parity: Mapping[str, float], kernels: str) -> GateResult:
     distance, tolerance = parity["distance"], parity["tolerance"]
-    message = f"parity: logits are {distance:.2g} away from the transformed model's, {tolerance:.2g} is allowed ({kernels})"
+    message = (
+        f"parity: logits are {distance:.2g} away from the transformed model's, {tolerance:.2g} is allowed ({kernels})"
+    )
     return GateResult("parity", distance <= tolerance, message)
 
 

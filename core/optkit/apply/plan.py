@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from optkit.recipe import Recipe
-
 from optkit import hardware
 from optkit.backends import Backend, Lowering
 from optkit.errors import MachineError, MissingError, RecipeError
 from optkit.locations import cache_root
 from optkit.model import ModelCard
 from optkit.plugins import Plugins
+from optkit.recipe import Recipe
 from optkit.steps import Limits
 from optkit.transforms import Transform
 
@@ -109,7 +108,8 @@ def _check_gates(recipe: Recipe, plugins: Plugins) -> None:
 
 
 def _fold(recipe: Recipe, card: ModelCard) -> tuple[PlannedStep, ...]:
-    tags, steps = card.tags, []
+    tags = card.tags
+    steps: list[PlannedStep] = []
     for index, use in enumerate(recipe.transforms):
         transform: Transform = use.options
         place = ("transforms", index, use.name)

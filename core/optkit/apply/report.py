@@ -31,7 +31,9 @@ def render_html(report: Mapping[str, Any]) -> str:
     """The report as one HTML page without scripts or references."""
     machine = report["machine"]
     rows = "\n".join(
-        "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in (r.metric, r.baseline, r.value, r.change, r.verdict)) + "</tr>"
+        "<tr>"
+        + "".join(f"<td>{escape(cell)}</td>" for cell in (r.metric, r.baseline, r.value, r.change, r.verdict))
+        + "</tr>"
         for r in table_rows(report["metrics"])
     )
     gates = "\n".join(
@@ -43,11 +45,15 @@ def render_html(report: Mapping[str, Any]) -> str:
     )
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>optkit: {escape(report["name"])}</title><style>
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color-scheme: light dark }}
-table {{ border-collapse: collapse; width: 100% }} td, th {{ padding: .3rem .6rem; border-bottom: 1px solid #8886; text-align: left }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem;
+  color-scheme: light dark }}
+table {{ border-collapse: collapse; width: 100% }}
+td, th {{ padding: .3rem .6rem; border-bottom: 1px solid #8886; text-align: left }}
 </style></head><body>
 <h1>{escape(report["name"])}</h1>
-<table><thead><tr><th>metric</th><th>baseline</th><th>optimized</th><th>change [95% interval]</th><th>verdict</th></tr></thead>
+<table><thead><tr>
+<th>metric</th><th>baseline</th><th>optimized</th><th>change [95% interval]</th><th>verdict</th>
+</tr></thead>
 <tbody>
 {rows}
 </tbody></table>

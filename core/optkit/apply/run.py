@@ -10,8 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from optkit import hardware
-from optkit.apply import measure
+from optkit import hardware, measure
 from optkit.apply.cache import CachedStep, StepCache, key_of, locked
 from optkit.apply.gates import check_gates
 from optkit.apply.plan import Plan, check_output
@@ -19,9 +18,10 @@ from optkit.apply.report import render_html
 from optkit.apply.workshop import Workshop, workshop
 from optkit.artifact import Artifact, StepRecord, open_artifact, publish, staging
 from optkit.backends import TokenSession
-from optkit.bench import Files, SessionArm, TransformersArm
+from optkit.bench import Files, Opening, SessionArm, TransformersArm
 from optkit.errors import GateFailed
 from optkit.evaluate import ModelScorer, SessionScorer, parity
+from optkit.measure import Contestant
 from optkit.model import Model
 from optkit.plugins import Plugins
 from optkit.recipe import Use
@@ -132,7 +132,7 @@ class _Steps:
         quality = self._step("quality", recipe.evaluation.dataset, self._quality, inputs)
         inputs |= {"benchmark": self._resolved["benchmark"], "machine": self._machine.fingerprint()}
         speed = self._step("benchmark", recipe.batching, self._speed, inputs)
-        figures = {**speed.report["footprint"], **speed.report["speed"], **quality.report["quality"]}
+        figures = {**speed.report["metrics"], **quality.report["metrics"]}
         parity, lowering = quality.report["parity"], self._plan.lowering
         return {
             "name": recipe.name,
@@ -172,9 +172,11 @@ class _Steps:
     def _effect(self, _: Path) -> dict[str, Any]:
         model = self._shop.take(self._weights, self._tags)
         progress = partial(self._progress, f"{len(self._records) + 1} quality")
-        figures = measure.quality(self._shop, ModelScorer(model.module), self._plugins, progress)
+        figures = measure.quality(
+            self._shop.baseline_scorer, ModelScorer(model.module), self._shop.windows, self._plugins, progress
+        )
         self._keep(model)
-        return {"quality": figures}
+        return {"metrics": figures}
 
     def _save(self, directory: Path) -> dict[str, Any]:
         save_folder(self._shop.baseline, directory)
@@ -194,19 +196,26 @@ class _Steps:
             few = [window[:_PARITY_TOKENS] for window in self._shop.windows[:_PARITY_WINDOWS]]
             distance = parity(ModelScorer(model.module), candidate, few)
             del model  # before the evaluation: nobody needs it any more
-            figures = measure.quality(self._shop, candidate, self._plugins, partial(self._progress, "quality"))
-        return {"quality": figures, "parity": {"distance": distance, "tolerance": tolerance}}
+            progress = partial(self._progress, "quality")
+            baseline, text = self._shop.baseline_scorer, self._shop.windows
+            figures = measure.quality(baseline, candidate, text, self._plugins, progress)
+        return {"metrics": figures, "parity": {"distance": distance, "tolerance": tolerance}}
 
     def _speed(self, _: Path) -> dict[str, Any]:
-        recipe, shop, progress = self._recipe, self._shop, partial(self._progress, "benchmark")
-        footprint = measure.footprints(recipe, self._files, shop, self._plugins, partial(self._progress, "memory"))
-        batcher = recipe.batching.options
-        arms = (
-            TransformersArm(shop.baseline, measure.BASELINE),
-            SessionArm(self._open(), batcher, measure.OPTIMIZED),
+        recipe, text, settings = self._recipe, self._shop.windows, self._recipe.benchmark
+        card, files, name = self._plan.card, self._files, recipe.name
+        size = measure.folder_bytes(files.runtime) or measure.folder_bytes(files.weights)
+        contestants = (
+            Contestant(measure.BASELINE, Opening(self._resolved, None), card.parameters * card.bytes_per_parameter),
+            Contestant(name, Opening(self._resolved, files), size),
         )
-        figures, samples = measure.speed(arms, shop, recipe.benchmark, self._plugins, progress)
-        return {"speed": figures, "footprint": footprint, "samples": samples}
+        footprint = measure.footprints(contestants, text, settings, self._plugins, partial(self._progress, "memory"))
+        arms = (
+            TransformersArm(self._shop.baseline, measure.BASELINE),
+            SessionArm(self._open(), recipe.batching.options, name),
+        )
+        speed, samples = measure.speed(arms, text, settings, self._plugins, partial(self._progress, "benchmark"))
+        return {"metrics": {**footprint[name], **speed[name]}, "samples": samples}
 
     # --- what they share
 

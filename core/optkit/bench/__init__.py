@@ -2,6 +2,7 @@
 
 from optkit.bench.arms import SessionArm, TransformersArm
 from optkit.bench.comparison import Comparison, Withheld, compare, compare_footprints
+from optkit.bench.explaining import ExplainedRow, Explanation, explain
 from optkit.bench.interleave import Arm, Sample, Samples, Workload, measure
 from optkit.bench.memory import peak_memory
 from optkit.bench.opening import Files, Opening, open_arm, open_session, opening_of
@@ -11,6 +12,8 @@ __all__ = [
     "Arm",
     "Comparison",
     "Estimate",
+    "ExplainedRow",
+    "Explanation",
     "Files",
     "Opening",
     "Sample",
@@ -22,6 +25,7 @@ __all__ = [
     "Workload",
     "compare",
     "compare_footprints",
+    "explain",
     "measure",
     "median_ratio",
     "open_arm",

@@ -24,13 +24,13 @@ class TransformersArm(Arm):
 
     def __init__(self, model: Model, name: str) -> None:
         self.name = name
-        self._module: Any = model.module
+        self.module: Any = model.module
 
     def run(self, prompt: tuple[int, ...], output_tokens: int) -> Run:
         import torch
         from transformers import GenerationConfig
 
-        module = self._module
+        module = self.module
         # In the place of the model's own configuration, whose penalties and stop tokens would make the work unequal.
         settings = GenerationConfig(max_new_tokens=output_tokens, do_sample=False, pad_token_id=0, use_cache=True)
         own, module.generation_config = module.generation_config, settings
@@ -44,7 +44,7 @@ class TransformersArm(Arm):
         return watch.run(len(prompt))
 
     def close(self) -> None:
-        self._module = None
+        self.module = None
 
 
 class SessionArm(Arm):
@@ -57,14 +57,14 @@ class SessionArm(Arm):
 
     def __init__(self, session: TokenSession, batcher: Batcher, name: str) -> None:
         self.name = name
-        self._session = session
+        self.session = session
         self._batcher = batcher
 
     def run(self, prompt: tuple[int, ...], output_tokens: int) -> Run:
         params = SamplingParams(max_tokens=output_tokens, temperature=0.0, ignore_eos=True)
         with _all_cores():
             begin = time.perf_counter()
-            engine = Engine(self._session, self._batcher)
+            engine = Engine(self.session, self._batcher)
             seconds, output = [], []
             for event in engine.stream(Request(prompt, params)):
                 seconds.append(time.perf_counter() - begin)
@@ -72,7 +72,7 @@ class SessionArm(Arm):
         return Run(len(prompt), tuple(seconds), tuple(output))
 
     def close(self) -> None:
-        self._session.close()
+        self.session.close()
 
 
 class _Stopwatch:

@@ -21,7 +21,7 @@ from optkit.plugins import Kind, Plugins
 from optkit.sources import Source
 from optkit.steps import Limits
 
-__all__ = ["Files", "Opening", "open_arm", "open_session", "opening_of"]
+__all__ = ["Files", "Opening", "bound", "open_arm", "open_session", "opening_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ def open_arm(opening: Opening, plugins: Plugins, name: str) -> Arm:
         MachineError: too little memory.
     """
     if opening.files is None:
-        source: Source = _bound("source", opening.recipe.get("model"), plugins)
+        source: Source = bound("source", opening.recipe.get("model"), plugins)
         return TransformersArm(source.load(), name)
     session, batcher = _open(opening.recipe, opening.files, plugins)
     return SessionArm(session, batcher, name)
@@ -76,15 +76,15 @@ def open_session(artifact: Artifact, plugins: Plugins) -> Iterator[tuple[TokenSe
 
 
 def _open(recipe: Mapping[str, Any], files: Files, plugins: Plugins) -> tuple[TokenSession, Batcher]:
-    batcher: Batcher = _bound("batcher", recipe.get("batching"), plugins)
-    backend: Backend = _bound("backend", recipe.get("backend"), plugins)
+    batcher: Batcher = bound("batcher", recipe.get("batching"), plugins)
+    backend: Backend = bound("backend", recipe.get("backend"), plugins)
     missing = backend.unavailable()
     if missing is not None:
         raise MissingError(f"the artifact's backend {missing}", where=str(files.runtime))
     return backend.open(files.runtime, files.weights, files.limits), batcher
 
 
-def _bound(kind: Kind, node: Any, plugins: Plugins) -> Any:
+def bound(kind: Kind, node: Any, plugins: Plugins) -> Any:
     """A plugin's options from a manifest. Not by way of the whole recipe: its transforms need not be installed here."""
     if not (isinstance(node, dict) and len(node) == 1):
         raise DamagedError(f"the manifest's recipe names no {kind}", found=node, remedy="apply the recipe again")

@@ -23,24 +23,16 @@ _FORBIDDEN = re.compile("[^\t\n\r\x20-\x7e\x85\xa0-\ud7ff\ue000-\ufffd\U00010000
 _SYNTAX = (
     (r"'\t' that cannot start", "a tab cannot stand here", "use spaces"),
     ("that cannot start any token", "a plain text cannot start with this character", "put it in quotes"),
-    (
-        "mapping values are not allowed here",
-        "': ' cannot stand here",
-        "check the indentation, or put the text in quotes",
-    ),
-    ("could not find expected ':'", "expected ':' after a key", "write key: value"),
+    ("mapping values are not", "': ' cannot stand here", "check the indentation, or put the text in quotes"),
+    ("sequence entries are not", "a list item cannot stand here", "put the list on lines of its own"),
+    ("expected ':'", "expected ':' after a key", "write key: value"),
     ("unexpected end of stream", "a quote is never closed", "close it"),
     ("'<stream end>'", "a bracket is never closed", "close it"),
-    ("expected <block end>", "this does not fit what stands before it", "check the indentation and the quotes"),
-    ("expected '<document start>'", "this does not fit what stands before it", "check the indentation and the quotes"),
     ("expected ',' or", "a comma or the closing bracket is missing before this", "add it"),
-    ("sequence entries are not allowed here", "a list item cannot stand here", "put the list on lines of its own"),
+    ("expected <block end>", "this does not fit what stands before it", "check the indentation and the quotes"),
+    ("'<document start>'", "this does not fit what stands before it", "check the indentation and the quotes"),
     ("unknown escape", "unknown escape in a double-quoted text", "use single quotes, or double the backslash"),
-    (
-        "expected escape sequence",
-        "unknown escape in a double-quoted text",
-        "use single quotes, or double the backslash",
-    ),
+    ("expected escape", "unknown escape in a double-quoted text", "use single quotes, or double the backslash"),
 )
 
 
@@ -55,9 +47,8 @@ def read(path: Path) -> Document:
         with path.open("rb") as stream:
             content = stream.read(_MAX_BYTES + 1)
     except FileNotFoundError as error:
-        near = difflib.get_close_matches(
-            path.name, [p.name for p in path.parent.glob("*.y*ml") if p.name != path.name], n=1
-        )
+        others = [other.name for other in path.parent.glob("*.y*ml") if other.name != path.name]
+        near = difflib.get_close_matches(path.name, others, n=1)
         remedy = f"did you mean {path.with_name(near[0])}?" if near else "check the path"
         raise RecipeError("no such file", where=where, remedy=remedy) from error
     except IsADirectoryError as error:

@@ -71,7 +71,8 @@ def _explained(
     errors: list[ErrorDetails], model: type[BaseModel], data: Any, document: Document, keys: Keys
 ) -> RecipeError:
     """The first mistake. Several at one path are the choices of a union, and are named together."""
-    mistakes = [_located(error, data) for error in errors]
+    order = {path: number for number, path in enumerate(_paths(data, ()))}
+    mistakes = [_located(error, data, order) for error in errors]
     # A choice that fits further into the data says more than one that does not fit at all.
     reached = {mistake.path[:length] for mistake in mistakes for length in range(len(mistake.path))}
     mistakes = [mistake for mistake in mistakes if not (mistake.of_a_choice and mistake.path in reached)] or mistakes
@@ -94,15 +95,19 @@ def _explained(
     return document.error(what, *keys, *path, found=found, remedy=remedy)
 
 
-def _located(error: ErrorDetails, data: Any) -> _Mistake:
+def _paths(data: Any, path: Keys) -> Iterator[Keys]:
+    """Every path in the data, in the order of the text."""
+    yield path
+    for key, child in data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ():
+        yield from _paths(child, (*path, key))
+
+
+def _located(error: ErrorDetails, data: Any, order: Mapping[Keys, int]) -> _Mistake:
     path: Keys = ()
-    rank: tuple[float, ...] = ()
     for key in error["loc"]:
-        # What is not in the data is the name of a union's choice, or of a missing key.
-        if isinstance(data, dict) and key in data:
-            path, rank, data = (*path, key), (*rank, list(data).index(key)), data[key]
-        elif isinstance(data, list) and isinstance(key, int) and key < len(data):
-            path, rank, data = (*path, key), (*rank, key), data[key]
+        if (*path, key) in order:  # else the name of a union's choice, or of a missing key
+            path, data = (*path, key), data[key]
+    rank = tuple(order[path[:length]] for length in range(1, len(path) + 1))
     return _Mistake(error, path, (*rank, math.inf) if error["type"] == "missing" else rank, data)
 
 

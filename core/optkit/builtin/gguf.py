@@ -51,8 +51,9 @@ class GGUF(Source):
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from optkit.weights import causal_lm_tags
+        from optkit.weights import causal_lm_tags, quiet_transformers
 
+        quiet_transformers()
         file = self._file()
         read_header(file)
         where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}

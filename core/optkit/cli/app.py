@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -42,7 +42,7 @@ def main() -> None:
     """Run the command line and exit with the code of its outcome (table: `optkit.errors`)."""
     # transformers would look for newer files on the hub, and tokenizers warn when a child process is started.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    usage_error = typer.BadParameter.__mro__[1]
+    usage_error: Any = typer.BadParameter.__mro__[1]  # UsageError, which typer does not export
     try:
         app(standalone_mode=False)
     except OptkitError as error:

@@ -59,9 +59,11 @@ def explain_artifact(
 
     The ceiling of one decode step is memory bandwidth: each weight is read once. `optkit sys` measures it.
     """
+    from optkit.artifact import open_artifact
     from optkit.bench import explain
+    from optkit.cli.system import peaks_of_machine
 
-    explanation = explain(artifact, plugins_of(context), prompt_tokens)
+    explanation = explain(open_artifact(artifact), plugins_of(context), prompt_tokens, peaks_of_machine())
     if as_json:
         emit_json(explanation.to_dict())
         return
@@ -85,8 +87,8 @@ def explain_artifact(
         ],
         right=(2, 3, 4, 5, 6),
     )
-    say()
-    say(f"one decode step under the profiler: {explanation.seconds * 1e3:.1f} ms; ceiling {explanation.ceiling_gb_per_s:.1f} GB/s")
+    ceiling = explanation.ceiling_gb_per_s
+    say(f"\none decode step under the profiler: {explanation.seconds * 1e3:.1f} ms; ceiling {ceiling:.1f} GB/s")
 
 
 def generate(
@@ -97,12 +99,14 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Nucleus sampling.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Fixes the draws.")] = 0,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Answer one prompt, word by word, through the model's chat template."""
-    from optkit.bench import open_session
     from optkit.artifact import open_artifact
+    from optkit.bench import open_session
     from optkit.engine import Engine, Request, SamplingParams
     from optkit.engine.text import Detokenizer, encode, end_tokens, load_tokenizer
 
@@ -124,6 +128,13 @@ def generate(
                 typer.echo(piece, nl=False)
     written.append(detokenizer.flush())
     if as_json:
-        emit_json({"text": "".join(written), "prompt_tokens": len(tokens), "output_tokens": len(written) - 1, "finish_reason": reason})
+        emit_json(
+            {
+                "text": "".join(written),
+                "prompt_tokens": len(tokens),
+                "output_tokens": len(written) - 1,
+                "finish_reason": reason,
+            }
+        )
     else:
         say(written[-1])

@@ -100,10 +100,11 @@ def plan_recipe(context: typer.Context, recipe: RecipeArgument, as_json: JsonOpt
     limits = plan.limits
     say(f"batching {plan.recipe.batching.name}: {limits.max_batch_size} sequences of up to {limits.max_length} tokens")
     for gate in plan.recipe.gates:
-        say(f"gate     {gate}")
+        side, limit = ("at_most", gate.at_most) if gate.at_most is not None else ("at_least", gate.at_least)
+        say(f"gate     {gate.metric} {side} {limit}")
     say(
-        f"needs    about {estimate.memory_bytes / 1e9:.1f} GB of memory, {estimate.disk_bytes / 1e9:.1f} GB of disk and "
-        f"{estimate.seconds / 60:.1f} minutes"
+        f"needs    about {estimate.memory_bytes / 1e9:.1f} GB of memory, {estimate.disk_bytes / 1e9:.1f} GB of disk "
+        f"and {estimate.seconds / 60:.1f} minutes"
     )
     say(f"\nNext: optkit apply {recipe}")
 

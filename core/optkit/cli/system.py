@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from optkit.cli.present import Steps, emit_json, plugins_of, say, table
 from optkit.cli.recipes import JsonOption
 
-__all__ = ["add_to"]
+__all__ = ["add_to", "peaks_of_machine"]
 
 plugins_app = typer.Typer(no_args_is_help=True, help="Installed plugins and what they offer to recipes.")
 cache_app = typer.Typer(no_args_is_help=True, help="Finished steps that are kept for the next apply.")
@@ -30,8 +30,10 @@ def list_plugins(context: typer.Context, as_json: JsonOption = False) -> None:
     rows = []
     for offer in plugins.registered:
         state = plugins.state(offer)
-        rows.append({"kind": offer.kind, "name": offer.name, "plugin": offer.plugin, "state": state or "ready"} | {
-            "distribution": offer.distribution, "version": offer.version})
+        rows.append(
+            {"kind": offer.kind, "name": offer.name, "plugin": offer.plugin, "state": state or "ready"}
+            | {"distribution": offer.distribution, "version": offer.version}
+        )
     if as_json:
         emit_json({"plugins": rows, "broken": [asdict(b) for b in plugins.broken], "blocked": plugins.blocked})
         return
@@ -87,11 +89,7 @@ def describe_machine(
     """Say what this machine is and can do. Ceilings are measured once, in about ten seconds, and kept."""
     from optkit import hardware
 
-    machine = hardware.machine()
-    peaks = None if refresh else hardware.peaks()
-    if peaks is None:
-        with Steps() as steps:
-            peaks = hardware.measure(lambda done, total, what: steps("measure ceilings", done, total, what))
+    machine, peaks = hardware.machine(), peaks_of_machine(refresh=refresh)
     if as_json:
         emit_json({"machine": asdict(machine), "peaks": peaks.model_dump()})
         return
@@ -107,6 +105,17 @@ def describe_machine(
         ("int8", peaks.int8_gops, "GOP/s"),
     ):
         say(f"{label} GEMM  {value:,.0f} {unit}" if value else f"{label} GEMM  not supported by this torch")
+
+
+def peaks_of_machine(*, refresh: bool = False) -> Any:
+    """The machine's measured ceilings; measured now if they are not kept from before."""
+    from optkit import hardware
+
+    peaks = None if refresh else hardware.peaks()
+    if peaks is None:
+        with Steps() as steps:
+            peaks = hardware.measure(lambda done, total, what: steps("measure ceilings", done, total, what))
+    return peaks
 
 
 @cache_app.command("list")
@@ -133,7 +142,9 @@ def list_cache(as_json: JsonOption = False) -> None:
 
 @cache_app.command("clear")
 def clear_cache(
-    unused_for: Annotated[float, typer.Option(min=0.0, metavar="DAYS", help="Only what was not used for so long.")] = 0.0,
+    unused_for: Annotated[
+        float, typer.Option(min=0.0, metavar="DAYS", help="Only what was not used for so long.")
+    ] = 0.0,
 ) -> None:
     """Remove finished steps. The next apply makes them again; artifacts stay as they are."""
     from optkit.apply.cache import StepCache

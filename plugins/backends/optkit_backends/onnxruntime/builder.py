@@ -28,17 +28,17 @@ INLINE_BYTES = 128
 
 
 class GraphBuilder:
-    """Nodes, inputs, outputs and constants of a graph; weights go straight to `directory`, one copy in memory at a time.
+    """Nodes, inputs, outputs and constants of a graph. Weights go straight to `directory`, one in memory at a time.
 
     Attributes:
         inputs: by name, in order.
         outputs: in order.
     """
 
-    def __init__(self, directory: Path, accuracy_level: int) -> None:
+    def __init__(self, directory: Path, accuracy_level: int, block_size: int) -> None:
         self.inputs: dict[str, ir.Value] = {}
         self.outputs: list[ir.Value] = []
-        self._accuracy_level = accuracy_level
+        self._accuracy_level, self._block_size = accuracy_level, block_size
         self._nodes: list[ir.Node] = []
         self._constants: dict[str, ir.Value] = {}
         self._directory = directory
@@ -142,7 +142,7 @@ class GraphBuilder:
 
     def integers(self, layers: Sequence[QuantizedLinear], name: str) -> tuple[Blocks, list[ir.Value | None]]:
         """The weights of quantized layers as MatMulNBits reads them: data, scales, and zero points or None."""
-        blocks = blocked(layers, name)
+        blocks = blocked(layers, self._block_size, name)
         shape = (*blocks.scales.shape, blocks.block_size * blocks.bits // 8)
         zero_points = blocks.zero_points
         return blocks, [

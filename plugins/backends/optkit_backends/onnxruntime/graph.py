@@ -1,12 +1,11 @@
 """Decoders as ONNX graphs of ONNX Runtime's fused operators, straight from their transformers modules.
 
-The new tokens of all rows lie packed on one `[tokens]` axis, so that linear layers never see padding; only attention works
-on `[rows, width]`. Operators: `docs/ContribOperators.md` of ONNX Runtime 1.32.
+The new tokens of all rows lie packed on one `[tokens]` axis, so that linear layers never see padding; only attention
+works on `[rows, width]`. Operators: `docs/ContribOperators.md` of ONNX Runtime 1.32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,14 @@ FLOAT, INT32, INT64 = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64
 TABLED_ROPE = ("default", "linear", "llama3", "yarn")
 
 
-def compile_module(module: nn.Module, directory: Path, accuracy_level: int) -> None:
+def compile_module(module: nn.Module, directory: Path, *, accuracy_level: int, block_size: int) -> None:
     """Write graph, weights and facts.
 
     Args:
         module: a transformers causal LM, of an architecture that `OnnxRuntime.lowering` allows.
         directory: exists and is empty.
         accuracy_level: of MatMulNBits.
+        block_size: of MatMulNBits, where the weights allow it.
 
     Raises:
         RecipeError: the model has something that the graph cannot express.
@@ -46,13 +46,14 @@ def compile_module(module: nn.Module, directory: Path, accuracy_level: int) -> N
         )
     if config.hidden_act != "silu":
         raise RecipeError("the onnxruntime backend knows silu only as hidden_act", found=config.hidden_act)
-    builder = GraphBuilder(directory, accuracy_level)
-    attention = _Decoder(builder, model).build()
+    builder = GraphBuilder(directory, accuracy_level, block_size)
+    decoder = _Decoder(builder, model)
+    decoder.build()
     builder.save(config.model_type)
     Facts(
         layers=len(model.model.layers),
         kv_heads=config.num_key_value_heads,
-        head_dim=attention,
+        head_dim=decoder.head_dim,
         vocab_size=model.lm_head.out_features,
         max_length=config.max_position_embeddings,
     ).write(directory)
@@ -64,8 +65,6 @@ class _Decoder:
     def __init__(self, builder: GraphBuilder, model: Any) -> None:
         self.builder, self.model, self.config = builder, model, model.config
         self.head_dim: int = model.model.layers[0].self_attn.head_dim
-        self.query_width = self.config.num_attention_heads * self.head_dim
-        self.kv_width = self.config.num_key_value_heads * self.head_dim
         self.tokens = builder.input("tokens", INT64, ["tokens"])
         # From packed tokens to [rows, width] and back: the token of each place, and the place of each token.
         self.spread = builder.input("spread", INT64, ["rows", "width"])
@@ -77,8 +76,7 @@ class _Decoder:
         self.query_seqlens = builder.input("query_seqlens", INT32, ["rows"])
         self.logit_rows = builder.input("logit_rows", INT64, ["logits"])
 
-    def build(self) -> int:
-        """Fill the graph; returns the size of a head."""
+    def build(self) -> None:
         body = self.model.model
         self.angles = self._angles()
         # Each norm also adds up the residual stream: `hidden` is the stream, `update` what was not added yet.
@@ -94,7 +92,6 @@ class _Decoder:
         rows = self.builder.node("Gather", [normed, self.logit_rows], "logit_rows.gather", axis=0)
         logits = self.builder.linear(rows, [self.model.lm_head], "lm_head")
         self.builder.output(logits, "logits", FLOAT, ["logits", self.model.lm_head.out_features])
-        return self.head_dim
 
     def _angles(self) -> list[ir.Value]:
         # One position more than the model has: padding may stand there, and its angles are looked up too.
@@ -121,9 +118,7 @@ class _Decoder:
         owner = "lm_head" if table.weight is head.weight else name
         return self.builder.node("Gather", [self.builder.constant(f"{owner}.weight", table.weight), self.tokens], name)
 
-    def _norm(
-        self, hidden: ir.Value, update: ir.Value | None, norm: Any, name: str
-    ) -> tuple[ir.Value, ir.Value]:
+    def _norm(self, hidden: ir.Value, update: ir.Value | None, norm: Any, name: str) -> tuple[ir.Value, ir.Value]:
         """RMS norm of `hidden + update`, and that sum."""
         gamma = self.builder.constant(f"{name}.weight", norm.weight)
         epsilon = float(norm.variance_epsilon)
@@ -137,18 +132,9 @@ class _Decoder:
 
     def _attention(self, hidden: ir.Value, layer: Any, index: int, path: str) -> ir.Value:
         builder = self.builder
-        projected = self._products(hidden, layer, ["q_proj", "k_proj", "v_proj"], f"{path}.qkv_proj")
-        if hasattr(layer, "q_norm"):
-            if len(projected) == 1:
-                sizes = [self.query_width, self.kv_width, self.kv_width]
-                projected = self._split(projected[0], sizes, f"{path}.split")
-            query, key, value = projected
-            query = self._head_norm(query, layer.q_norm, self.query_width, f"{path}.q_norm")
-            projected = [query, self._head_norm(key, layer.k_norm, self.kv_width, f"{path}.k_norm"), value]
-        names = ["spread"] if len(projected) == 1 else ["spread_q", "spread_k", "spread_v"]
-        spread: list[ir.Value | None] = [
-            builder.node("Gather", [part, self.spread], f"{path}.{name}", axis=0)
-            for part, name in zip(projected, names, strict=True)
+        spread = [
+            builder.node("Gather", [part, self.spread], f"{path}.spread.{place}", axis=0)
+            for place, part in enumerate(self._queries(hidden, layer, path))
         ]
         shape = ["rows", self.config.num_key_value_heads, "capacity", self.head_dim]
         past = [builder.input(f"past.{index}.{kind}", FLOAT, shape) for kind in ("key", "value")]
@@ -179,6 +165,20 @@ class _Decoder:
         packed = builder.node("GatherND", [output, self.places], f"{path}.pack")
         return builder.linear(packed, [layer.o_proj], f"{path}.o_proj")
 
+    def _queries(self, hidden: ir.Value, layer: Any, path: str) -> list[ir.Value]:
+        """Queries, keys and values: side by side in one value where a single product can make them, else in three."""
+        layers = [layer.q_proj, layer.k_proj, layer.v_proj]
+        formats = {one.scheme if isinstance(one, QuantizedLinear) else None for one in layers}
+        if len(formats) == 1 and not hasattr(layer, "q_norm"):
+            return [self.builder.linear(hidden, layers, f"{path}.qkv_proj")]
+        query, key, value = (
+            self.builder.linear(hidden, [one], f"{path}.{name}_proj") for one, name in zip(layers, "qkv", strict=True)
+        )
+        if hasattr(layer, "q_norm"):
+            query = self._head_norm(query, layer.q_norm, layer.q_proj.out_features, f"{path}.q_norm")
+            key = self._head_norm(key, layer.k_norm, layer.k_proj.out_features, f"{path}.k_norm")
+        return [query, key, value]
+
     def _window(self, layer: Any) -> int:
         """Tokens that a query sees, itself included, or -1 for all."""
         everywhere = self.config.sliding_window if self.config.model_type == "mistral" else None
@@ -194,26 +194,10 @@ class _Decoder:
         return self.builder.node("Reshape", [normed, by_token], f"{name}.by_token")
 
     def _mlp(self, hidden: ir.Value, layer: Any, path: str) -> ir.Value:
-        projected = self._products(hidden, layer, ["gate_proj", "up_proj"], f"{path}.gate_up_proj")
-        if len(projected) == 1:
-            half = layer.gate_proj.out_features
-            projected = self._split(projected[0], [half, half], f"{path}.split")
-        gate, up = projected
+        # Two products and not one: splitting a stacked output would cost more than it saves.
+        gate = self.builder.linear(hidden, [layer.gate_proj], f"{path}.gate_proj")
+        up = self.builder.linear(hidden, [layer.up_proj], f"{path}.up_proj")
         # QuickGelu is x * sigmoid(alpha * x), so with alpha 1 it is silu in one pass.
         activated = self.builder.node("QuickGelu", [gate], f"{path}.act_fn", MICROSOFT, alpha=1.0)
         product = self.builder.node("Mul", [activated, up], f"{path}.mul")
         return self.builder.linear(product, [layer.down_proj], f"{path}.down_proj")
-
-    def _products(self, hidden: ir.Value, parent: Any, names: Sequence[str], stacked: str) -> list[ir.Value]:
-        """Layers that read the same input: one product named `stacked` if their formats agree, else one each."""
-        layers = [getattr(parent, name) for name in names]
-        if len({layer.scheme if isinstance(layer, QuantizedLinear) else None for layer in layers}) == 1:
-            return [self.builder.linear(hidden, layers, stacked)]
-        path = stacked.rpartition(".")[0]
-        return [
-            self.builder.linear(hidden, [layer], f"{path}.{name}") for layer, name in zip(layers, names, strict=True)
-        ]
-
-    def _split(self, hidden: ir.Value, sizes: Sequence[int], name: str) -> list[ir.Value]:
-        split = self.builder.constant("sizes." + ".".join(map(str, sizes)), torch.tensor(sizes))
-        return self.builder.nodes("Split", [hidden, split], name, outputs=len(sizes), axis=-1)

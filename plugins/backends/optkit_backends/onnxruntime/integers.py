@@ -16,8 +16,6 @@ __all__ = ["Blocks", "blocked"]
 
 BITS = (2, 4, 8)
 SMALLEST_BLOCK = 16
-# Larger blocks have no fused int8 kernel at 2 bits, and gain nothing at 4 and 8.
-LARGEST_BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +32,14 @@ class Blocks:
     block_size: int
 
 
-def blocked(layers: Sequence[QuantizedLinear], name: str) -> Blocks:
+def blocked(layers: Sequence[QuantizedLinear], largest: int, name: str) -> Blocks:
     """The weights of layers with one scheme, stacked along their outputs.
 
     A scale that covers more than one block is repeated, which changes no value.
 
     Args:
         layers: at least one; all with the same scheme and input features.
+        largest: block size, a power of two from 16; smaller ones are taken where groups or shapes need it.
         name: of the module, for errors.
 
     Raises:
@@ -52,7 +51,7 @@ def blocked(layers: Sequence[QuantizedLinear], name: str) -> Blocks:
             "MatMulNBits of ONNX Runtime stores 2, 4 or 8 bits", where=name, found=scheme.bits, remedy="choose 4 or 8"
         )
     shared = scheme.group_size or features
-    block_size = min(shared & -shared, LARGEST_BLOCK)
+    block_size = min(shared & -shared, largest)
     if block_size < SMALLEST_BLOCK:
         what = "input features" if scheme.group_size is None else "group size"
         raise RecipeError(f"MatMulNBits of ONNX Runtime needs {what} divisible by 16", where=name, found=shared)
@@ -68,7 +67,7 @@ def blocked(layers: Sequence[QuantizedLinear], name: str) -> Blocks:
 
 def _packed(integers: torch.Tensor, bits: int) -> npt.NDArray[np.uint8]:
     """`[rows, n]` int8 to `[rows, ceil(n * bits / 8)]`, the first of each byte in its lowest bits."""
-    unsigned = (integers.numpy().astype(np.int16) + (1 << (bits - 1))).astype(np.uint8)
+    unsigned = integers.numpy().view(np.uint8) + np.uint8(1 << (bits - 1))  # wraps, as it should
     per_byte = 8 // bits
     padded = np.pad(unsigned, ((0, 0), (0, -unsigned.shape[1] % per_byte)))
     packed = np.zeros((padded.shape[0], padded.shape[1] // per_byte), np.uint8)

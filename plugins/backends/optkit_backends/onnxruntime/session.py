@@ -16,6 +16,7 @@ from optkit.backends import TokenSession
 from optkit.errors import DamagedError, MachineError, RecipeError
 from optkit.steps import Caps, KernelTime, Limits, Row, StepPlan, StepResult
 from optkit_backends.onnxruntime.files import GRAPH, Facts
+from optkit_backends.onnxruntime.trace import kernel_times
 
 __all__ = ["OnnxSession"]
 
@@ -67,7 +68,7 @@ class OnnxSession(TokenSession):
         return StepResult(tuple(logits[row.sequence] for row in plan.rows))
 
     def _launch(self, rows: Sequence[Row]) -> _Launch:
-        layout = tuple((row.blocks[0], len(row.tokens), row.logits) for row in rows)
+        layout = _layout(rows)
         launch = self._launches.pop(layout, None) or _Launch(self._session, self._cache, layout, self.caps.vocab_size)
         self._launches[layout] = launch
         if len(self._launches) > LAYOUTS:
@@ -75,7 +76,16 @@ class OnnxSession(TokenSession):
         return launch
 
     def profile(self, plan: StepPlan) -> list[KernelTime]:
-        return []
+        with tempfile.TemporaryDirectory() as folder:
+            session = _load(self._directory, self._threads, trace=Path(folder) / "trace")
+            launches = [
+                (_Launch(session, self._cache, _layout(rows), self.caps.vocab_size), rows)
+                for rows in _launches(plan.rows, self._capacity)
+            ]
+            # Twice: the first run warms up. Both write the same keys and values to the same places.
+            for launch, rows in launches * 2:
+                launch(rows)
+            return kernel_times(Path(session.end_profiling()), self._directory / GRAPH, runs=len(launches))
 
     def close(self) -> None:
         self._session = None
@@ -142,6 +152,10 @@ class _Launch:
         return {row.sequence: logits[a:b] for row, a, b in zip(rows, starts, self._ends, strict=False)}
 
 
+def _layout(rows: Sequence[Row]) -> Layout:
+    return tuple((row.blocks[0], len(row.tokens), row.logits) for row in rows)
+
+
 def _launches(rows: Sequence[Row], capacity: int) -> list[list[Row]]:
     """Rows that can run together: next to the widest of them, each one's padding must fit into its slot."""
     launches: list[list[Row]] = []
@@ -153,7 +167,7 @@ def _launches(rows: Sequence[Row], capacity: int) -> list[list[Row]]:
     return launches
 
 
-def _load(directory: Path, threads: int, profile: Path | None = None) -> Any:
+def _load(directory: Path, threads: int, trace: Path | None = None) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
@@ -161,8 +175,8 @@ def _load(directory: Path, threads: int, profile: Path | None = None) -> Any:
     options.add_session_config_entry("session.intra_op.allow_spinning", "1")
     # Other engines run between steps: idle threads must leave them the cores.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    if profile:
-        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    if trace:
+        options.enable_profiling, options.profile_file_prefix = True, str(trace)
     try:
         return onnxruntime.InferenceSession(directory / GRAPH, options, providers=["CPUExecutionProvider"])
     except Exception as error:

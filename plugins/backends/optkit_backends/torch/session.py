@@ -90,6 +90,7 @@ class TorchSession(TokenSession):
         )
 
     def profile(self, plan: StepPlan) -> list[KernelTime]:
+        self.execute(plan)  # warm up; to run a row again writes the same keys and values
         times: list[KernelTime] = []
         hooks = []
         started: dict[nn.Module, float] = {}
@@ -112,7 +113,7 @@ class TorchSession(TokenSession):
         self._layers = []
 
 
-class _SlotLayer(CacheLayerMixin):
+class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers ships no types
     """One layer's keys and values, `[slots, heads, max_length, head_dim]`, written at each row's own positions."""
 
     is_sliding = False

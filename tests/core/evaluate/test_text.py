@@ -1,0 +1,73 @@
+"""Windows: equal, disjoint, in order, and as many as were asked for or a clear refusal."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import pytest
+
+from optkit.builtin.texts import PythonReference
+from optkit.datasets import Dataset
+from optkit.errors import RecipeError
+from optkit.evaluate import windows
+
+
+class Words(Dataset):
+    """Documents of some words each."""
+
+    documents: ClassVar[int] = 12
+
+    def texts(self):
+        for index in range(self.documents):
+            yield f"  Document {index} says hello to the world.\n"
+
+
+def test_windows_are_the_text_cut_from_its_start(tiny_tokenizer):
+    found = windows(tiny_tokenizer, Words(), 200, 64)
+    assert [len(window) for window in found] == [64, 64, 64]
+    joined = tiny_tokenizer.decode([token for window in found for token in window])
+    assert joined.startswith("Document 0 says hello to the world.\n\nDocument 1 says hello")
+    assert windows(tiny_tokenizer, Words(), 200, 64) == found
+
+
+def test_fewer_tokens_are_the_start_of_more(tiny_tokenizer):
+    assert windows(tiny_tokenizer, Words(), 256, 64)[:2] == windows(tiny_tokenizer, Words(), 128, 64)
+
+
+def test_a_window_is_never_longer_than_all_the_tokens(tiny_tokenizer):
+    [window] = windows(tiny_tokenizer, Words(), 40, 512)
+    assert len(window) == 40
+
+
+def test_a_tokenizer_that_begins_with_bos_begins_every_window_so(tiny_tokenizer):
+    import copy
+
+    from tokenizers.processors import TemplateProcessing
+
+    greeting = copy.deepcopy(tiny_tokenizer)
+    bos = greeting.bos_token_id
+    greeting.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    plain, found = windows(tiny_tokenizer, Words(), 128, 32), windows(greeting, Words(), 128, 32)
+    assert all(len(window) == 32 and window[0] == bos for window in found)
+    # Nothing of the text is lost to it: 31 tokens in each window, in order.
+    texts = [token for window in found for token in window[1:]]
+    assert texts == [token for window in plain for token in window][: 4 * 31]
+
+
+def test_too_little_text_is_refused_with_how_much_there_is(tiny_tokenizer):
+    total = sum(len(tiny_tokenizer(text.strip() + "\n\n")["input_ids"]) for text in Words().texts())
+    with pytest.raises(RecipeError) as raised:
+        windows(tiny_tokenizer, Words(), 64_000, 64)
+    assert str(raised.value) == (
+        f"the dataset has {total} tokens of text, 1000 windows of 64 need 64000; "
+        "lower the number of tokens or choose a longer dataset"
+    )
+
+
+def test_a_window_that_predicts_nothing_is_refused(tiny_tokenizer):
+    with pytest.raises(RecipeError, match="needs more tokens, found 1"):
+        windows(tiny_tokenizer, Words(), 100, 1)
+
+
+def test_the_reference_text_of_python_is_long_enough_to_evaluate_on(tiny_tokenizer):
+    assert len(windows(tiny_tokenizer, PythonReference(), 16_384, 512)) == 32
