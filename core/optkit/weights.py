@@ -1,6 +1,6 @@
 """The `weights/` folder: a standard Hugging Face folder, integer weights in compressed-tensors' pack-quantized format.
 
-transformers and vLLM load it as it is (document: `docs` of compressed-tensors, format "pack-quantized").
+transformers loads it as it is. Format: `PackedQuantizationCompressor` of compressed-tensors 0.20.
 """
 
 from __future__ import annotations

@@ -233,7 +233,7 @@ def test_defaults_are_filled_in(plugins: Plugins) -> None:
         "benchmark": {"prompt_tokens": 128, "output_tokens": 32, "blocks": 6, "seed": 0},
         "gates": [
             {"metric": "perplexity", "at_most": "+5%"},
-            {"metric": "decode_tokens_per_second", "at_least": "1x"},
+            {"metric": "decode_tokens_per_second", "at_least": "-5%"},
         ],
     }
     assert bind_recipe(parse(MODEL), plugins).name == "recipe"

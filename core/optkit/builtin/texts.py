@@ -14,7 +14,7 @@ __all__ = ["PythonReference", "TextFile"]
 class PythonReference(Dataset):
     """The English reference text of the Python language that every CPython carries (`pydoc_data.topics`).
 
-    About 700,000 characters of technical prose: enough to compare a model with its optimized self on any machine
+    About 450,000 characters of technical prose: enough to compare a model with its optimized self on any machine
     without a download, not to rank models. The text differs a little between versions of Python.
     """
 
