@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
+import weakref
 from collections import Counter
+from typing import ClassVar
 
 import pytest
 from hypothesis import given, settings
@@ -28,7 +30,7 @@ class ScriptedArm(Arm):
         self.runs += 1
         if self.runs == self.fail_at:
             raise self.error
-        self.diary.append((self.name, prompt, gc.get_freeze_count() > 0))
+        self.diary.append((self.name, prompt))
         times = tuple(self.seconds * (index + 1) for index in range(output_tokens))
         return Run(len(prompt), times, tuple(range(output_tokens)))
 
@@ -68,14 +70,14 @@ def test_the_order_is_random_between_blocks_and_the_same_for_the_same_seed():
 
 def test_everyone_warms_up_first_and_that_does_not_count():
     samples, _, diary = session("abc", blocks=2)
-    assert [name for name, _, _ in diary[:3]] == ["a", "b", "c"]
+    assert [name for name, _ in diary[:3]] == ["a", "b", "c"]
     assert len(diary) == 3 + len(samples.samples)
 
 
 def test_all_arms_of_one_half_get_one_prompt_and_the_halves_differ():
     _, _, diary = session("abc", blocks=3)
     halves = [diary[start : start + 3] for start in range(3, len(diary), 3)]
-    prompts = [{prompt for _, prompt, _ in half} for half in halves]
+    prompts = [{prompt for _, prompt in half} for half in halves]
     assert prompts == [{PROMPTS[index % 3][:3]} for index in range(6)]
 
 
@@ -84,14 +86,29 @@ def test_an_arm_against_itself():
     assert samples.arms == ("a", "b", "b (again)")
     assert samples.again == ("b", "b (again)")
     assert len(samples.of("b (again)")) == len(samples.of("b")) == 10
-    assert Counter(name for name, _, _ in diary) == {"a": 11, "b": 21}
+    assert Counter(name for name, _ in diary) == {"a": 11, "b": 21}
     assert [arm.closed for arm in arms] == [1, 1]
 
 
-def test_timed_runs_collect_nobody_else_s_garbage():
-    _, _, diary = session(blocks=1)
-    assert [frozen for _, _, frozen in diary] == [False, False, True, True, True, True]
-    assert gc.isenabled()
+class LitteringArm(ScriptedArm):
+    """Looks whether what was there before is exempt from collection, and leaves a cycle of garbage behind."""
+
+    litter: ClassVar[list] = []
+
+    def run(self, prompt, output_tokens):
+        self.diary.append((gc.get_freeze_count() > 0, sum(reference() is not None for reference in self.litter)))
+        cycle = ScriptedArm("litter", [])
+        cycle.diary.append(cycle)
+        self.litter.append(weakref.ref(cycle))
+        return super().run(prompt, output_tokens)
+
+
+def test_no_run_collects_another_s_garbage():
+    diary = []
+    measure([LitteringArm("a", diary), LitteringArm("b", diary)], PROMPTS, Workload(3, 4, 2), lambda *_: None)
+    seen = diary[::2]
+    assert [frozen for frozen, _ in seen] == [False, False, *[True] * 8]
+    assert [litter for _, litter in seen[2:]] == [0] * 8
     assert gc.get_freeze_count() == 0
 
 

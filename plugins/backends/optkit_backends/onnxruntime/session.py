@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ LAYOUTS = 64
 class OnnxSession(TokenSession):
     """Runs what `compile_module` wrote; see `optkit.backends.TokenSession`."""
 
-    def __init__(self, directory: Path, limits: Limits, threads: int) -> None:
+    def __init__(self, directory: Path, limits: Limits, *, threads: int, spin: bool) -> None:
         facts = Facts.read(directory)
         if limits.max_length > facts.max_length:
             raise RecipeError(
@@ -54,8 +55,9 @@ class OnnxSession(TokenSession):
                 f"the KV cache needs {needed >> 20} MiB and {free >> 20} are free",
                 remedy="lower max_batch_size or max_length",
             )
-        self._directory, self._threads = directory, threads
-        self._session: Any = _load(directory, threads)
+        self._graph = directory / GRAPH
+        self._load = partial(_load, self._graph, threads=threads, spin=spin)
+        self._session: Any = self._load()
         self._launches: dict[Layout, _Launch] = {}
         self._cache = {
             f"{layer}.{kind}": np.zeros(shape, np.float32) for layer in range(facts.layers) for kind in ("key", "value")
@@ -77,7 +79,7 @@ class OnnxSession(TokenSession):
 
     def profile(self, plan: StepPlan) -> list[KernelTime]:
         with tempfile.TemporaryDirectory() as folder:
-            session = _load(self._directory, self._threads, trace=Path(folder) / "trace")
+            session = self._load(trace=Path(folder) / "trace")
             launches = [
                 (_Launch(session, self._cache, _layout(rows), self.caps.vocab_size), rows)
                 for rows in _launches(plan.rows, self._capacity)
@@ -85,7 +87,7 @@ class OnnxSession(TokenSession):
             # Twice: the first run warms up. Both write the same keys and values to the same places.
             for launch, rows in launches * 2:
                 launch(rows)
-            return kernel_times(Path(session.end_profiling()), self._directory / GRAPH, runs=len(launches))
+            return kernel_times(Path(session.end_profiling()), self._graph, runs=len(launches))
 
     def close(self) -> None:
         self._session = None
@@ -167,17 +169,16 @@ def _launches(rows: Sequence[Row], capacity: int) -> list[list[Row]]:
     return launches
 
 
-def _load(directory: Path, threads: int, trace: Path | None = None) -> Any:
+def _load(graph: Path, *, threads: int, spin: bool, trace: Path | None = None) -> Any:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
     # Other engines run between steps: idle threads must leave them the cores.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if trace:
         options.enable_profiling, options.profile_file_prefix = True, str(trace)
     try:
-        return onnxruntime.InferenceSession(directory / GRAPH, options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        raise DamagedError(f"onnxruntime cannot load it: {error}", where=str(directory / GRAPH)) from error
+        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # the runtime's exceptions share no other base
+        raise DamagedError(f"onnxruntime cannot load it: {error}", where=str(graph)) from error
