@@ -10,9 +10,12 @@ runtime/         what the backend compiled
 from __future__ import annotations
 
 import ctypes
+import errno
+import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -23,7 +26,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from optkit.errors import DamagedError, MachineError, MissingError
+from optkit.errors import DamagedError, MachineError, MissingError, OptkitError
 
 __all__ = [
     "FORMAT",
@@ -31,14 +34,20 @@ __all__ = [
     "FileRecord",
     "Manifest",
     "StepRecord",
+    "check_files",
     "hash_files",
     "open_artifact",
     "publish",
     "staging",
+    "writing",
 ]
 
 FORMAT = 1
 _BLANK = "0" * 64
+_ASIDE = "-old"
+_CLOCK_SECONDS = 10
+"""What the system's two clocks for processes and for files may differ by."""
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
 class FileRecord(BaseModel):
@@ -128,7 +137,8 @@ def open_artifact(path: Path, *, verify: bool = True) -> Artifact:
             "no artifact here", where=str(path), remedy="optkit apply RECIPE --output DIRECTORY makes one"
         )
     manifest = _read_manifest(file)
-    present = {str(found.relative_to(path)) for found in path.rglob("*") if not found.is_dir()} - {"manifest.json"}
+    entries = (found for found in path.rglob("*") if found.is_symlink() or not found.is_dir())
+    present = {str(found.relative_to(path)) for found in entries} - {"manifest.json"}
     for name in sorted(present - manifest.files.keys()):
         if name.startswith(("weights/", "runtime/")):
             raise DamagedError(
@@ -158,23 +168,44 @@ def check_files(directory: Path, files: Mapping[str, FileRecord]) -> bool:
 
 
 @contextmanager
+def writing(place: Path, what: str = "", remedy: str = "") -> Iterator[None]:
+    """Say in one line that nothing can be written below `place`. Other errors pass through.
+
+    Args:
+        place: a directory, there or not.
+        what: its name for people, for example `the cache`.
+        remedy: what the user can do about it.
+
+    Raises:
+        MachineError: the disk is full, or something in or beside `place` cannot be made, written or moved.
+    """
+    try:
+        yield
+    except OptkitError:
+        raise
+    except Exception as error:
+        reason = _refusal(error, place)
+        if reason is None:
+            raise
+        raise MachineError(f"{what} cannot be written ({reason})".strip(), where=str(place), remedy=remedy) from error
+
+
+@contextmanager
 def staging(target: Path) -> Iterator[Path]:
     """An empty directory beside `target` to write into; removed at the end if it is still there.
+
+    What killed processes left beside `target` is removed, or put back where it is the artifact that stood there.
 
     Raises:
         MachineError: the directory of `target` cannot be written.
     """
-    try:
+    with writing(target, remedy="choose another output"):
         target.parent.mkdir(parents=True, exist_ok=True)
-        for stale in target.parent.glob(f".{target.name}.staging-*"):
-            if not _alive(stale.name.rpartition("-")[2]):
-                shutil.rmtree(stale, ignore_errors=True)
+        for left in target.parent.glob(f"{glob.escape(f'.{target.name}.staging-')}*"):
+            if _abandoned(left):
+                _clear(left, target)
         directory = target.parent / f".{target.name}.staging-{secrets.token_hex(4)}-{os.getpid()}"
         directory.mkdir()
-    except OSError as error:
-        raise MachineError(
-            f"cannot be written ({error.strerror})", where=str(target), remedy="choose another output"
-        ) from error
     try:
         yield directory
     finally:
@@ -184,19 +215,26 @@ def staging(target: Path) -> Iterator[Path]:
 def publish(staged: Path, target: Path, facts: Mapping[str, Any]) -> Artifact:
     """Make the staged files the artifact at `target`, in one step: a crash leaves the old artifact or the new one.
 
+    Where the file system cannot exchange two directories, a crash may also leave nothing at `target` until the next
+    `staging(target)` puts the old artifact back.
+
     Args:
         staged: a directory from `staging(target)`, with everything but the manifest in it.
         target: where the artifact shall stand; what is there is replaced.
         facts: the manifest's fields but `format`, `digest` and `files`.
+
+    Raises:
+        MachineError: the disk is full, or the directory of `target` cannot be written.
     """
-    manifest = Manifest(format=FORMAT, digest=_BLANK, files=hash_files(staged), **facts)
-    text = manifest.model_dump_json(indent=1) + "\n"
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    (staged / "manifest.json").write_text(text.replace(_BLANK, digest, 1), encoding="utf-8")
-    for file in [*staged.rglob("*"), staged]:
-        _sync(file)
-    _exchange(staged, target)
-    _sync(target.parent)
+    with writing(target, remedy="choose another output"):
+        manifest = Manifest(format=FORMAT, digest=_BLANK, files=hash_files(staged), **facts)
+        text = manifest.model_dump_json(indent=1) + "\n"
+        digest = hashlib.sha256(text.encode()).hexdigest()
+        (staged / "manifest.json").write_text(text.replace(_BLANK, digest, 1), encoding="utf-8")
+        for file in [*staged.rglob("*"), staged]:
+            _sync(file)
+        _exchange(staged, target)
+        _sync(target.parent)
     return Artifact(target, manifest.model_copy(update={"digest": digest}))
 
 
@@ -221,12 +259,32 @@ def _exchange(new: Path, target: Path) -> None:
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     here, exchange = -100, 2
     if renameat2 is not None and renameat2(here, os.fsencode(new), here, os.fsencode(target), exchange) == 0:
-        shutil.rmtree(new)
         return
-    aside = new.with_name(new.name + "-old")
+    # By the target's name and not the staging place's: a rejected artifact must not come back as a published one.
+    aside = target.with_name(f".{target.name}.staging-{new.name.rpartition('.staging-')[2]}{_ASIDE}")
     target.rename(aside)
     new.rename(target)
-    shutil.rmtree(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _clear(left: Path, target: Path) -> None:
+    if left.name.endswith(_ASIDE) and not target.exists():
+        left.rename(target)
+    else:
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def _refusal(error: Exception, place: Path) -> str | None:
+    if isinstance(error, shutil.Error):  # of copytree: everything that failed
+        return str(error.args[0][0][2])
+    if isinstance(error, OSError):
+        named = [Path(os.fsdecode(name)) for name in (error.filename, error.filename2) if isinstance(name, str | bytes)]
+        ours = any(name.is_relative_to(place.parent) or place.is_relative_to(name) for name in named)
+        reason = "a file is in the way" if isinstance(error, FileExistsError) else error.strerror or str(error)
+        return reason if ours or error.errno in _FULL else None
+    # Libraries written in Rust, safetensors among them, say it only in words.
+    number = re.search(r"\(os error (\d+)\)", str(error))
+    return os.strerror(int(number[1])) if number and int(number[1]) in _FULL else None
 
 
 def _sha256(file: Path) -> str:
@@ -242,5 +300,12 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _alive(pid: str) -> bool:
-    return pid.isdigit() and Path("/proc", pid).exists()
+def _abandoned(staged: Path) -> bool:
+    """Whether the process that made the directory is gone, though another one may have got its number."""
+    import psutil
+
+    try:
+        maker = psutil.Process(int(staged.name.removesuffix(_ASIDE).rpartition("-")[2]))
+        return bool(maker.create_time() > staged.stat().st_mtime + _CLOCK_SECONDS)
+    except (ValueError, OSError, psutil.Error):
+        return True

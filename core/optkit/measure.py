@@ -35,6 +35,7 @@ from optkit.recipe import Benchmark
 
 __all__ = [
     "BASELINE",
+    "OPTIMIZED",
     "Contestant",
     "Progress",
     "baseline_of",
@@ -42,6 +43,7 @@ __all__ = [
     "contestant",
     "folder_bytes",
     "footprints",
+    "measurable",
     "metrics_of",
     "prompts_of",
     "quality",
@@ -54,22 +56,32 @@ Figures = dict[str, dict[str, Any]]
 """By metric: `unit`, `better`, `baseline`, `value`, `ratio` or `interval`, `verdict`, or `withheld` with its reason."""
 M = TypeVar("M", bound=Metric)
 
-BASELINE = "baseline"
+BASELINE, OPTIMIZED = "baseline", "optimized"
+"""What `apply` calls the two, whatever the recipe is called."""
 QUALITY_MARGIN = 0.01
 """A ratio of quality figures within one percent of 1 counts as equivalent."""
 
 
 def metrics_of(plugins: Plugins, shape: Callable[..., M]) -> dict[str, M]:
-    """Every installed metric of one shape, by name. One that cannot be loaded is left out, unless a gate names it."""
+    """Every installed metric of one shape, by name. One that cannot be loaded, or made without options, is left out.
+
+    `make_plan` refuses a gate on such a one.
+    """
     found: dict[str, M] = {}
     for name in plugins.names("metric"):
         try:
             metric = plugins.get("metric", name)
         except OptkitError:
             continue
-        if issubclass(metric, shape):  # type: ignore[arg-type]  # a class; typed as callable because it is abstract
+        if issubclass(metric, shape) and measurable(metric):  # type: ignore[arg-type]  # a class; typed as callable because it is abstract
             found[name] = metric()
     return found
+
+
+def measurable(metric: type[Metric]) -> bool:
+    """Whether there is a way to measure it. Recipes have no place for options of a metric."""
+    shaped = issubclass(metric, TokenMetric | RunMetric | FootprintMetric)
+    return shaped and not any(option.is_required() for option in metric.model_fields.values())
 
 
 def quality(
@@ -164,10 +176,11 @@ def folder_bytes(directory: Path) -> int:
 
 
 def contestant(path: Path) -> tuple[Contestant, Artifact]:
-    """A verified artifact as a contestant under its path's name."""
+    """A verified artifact as a contestant under its path's name, which is never the baseline's."""
     artifact = open_artifact(path)
     size = folder_bytes(artifact.runtime) or folder_bytes(artifact.weights)
-    return Contestant(str(path), opening_of(artifact), size), artifact
+    name = str(path) if str(path) != BASELINE else f"./{path}"
+    return Contestant(name, opening_of(artifact), size), artifact
 
 
 def baseline_of(artifact: Artifact, plugins: Plugins) -> Contestant:

@@ -88,12 +88,21 @@ class Plugins:
             block: entry point or distribution names to leave out, ours included.
             only: load these third-party plugins and no others. By default the names in the environment
                 variable `OPTKIT_PLUGINS`, separated by commas, if it is set.
+
+        Raises:
+            RecipeError: `block` names nothing that is installed.
         """
         plugins = cls()
         if only is None and "OPTKIT_PLUGINS" in os.environ:
             only = [name.strip() for name in os.environ["OPTKIT_PLUGINS"].split(",") if name.strip()]
         blocked, allowed = set(block), None if only is None else set(only)
-        for point in sorted(entry_points(group=GROUP), key=_ours_first):
+        points = sorted(entry_points(group=GROUP), key=_ours_first)
+        known = sorted({name for point in points for name in (point.name, _distribution(point)[0])})
+        for name in sorted(blocked - set(known)):
+            near = difflib.get_close_matches(name, known, n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else f"installed are: {', '.join(known)}"
+            raise RecipeError("no plugin to leave out", where="--block", found=name, remedy=remedy)
+        for point in points:
             names = {point.name, _distribution(point)[0]}
             foreign = _distribution(point)[0] != OURS
             unwanted = foreign and (not third_party or (allowed is not None and not names & allowed))
@@ -162,7 +171,10 @@ class Plugins:
         try:
             target = _import(offer.target) if isinstance(offer.target, str) else offer.target
         except Exception as error:
-            raise MissingError(f"{owner} failed to load {offer.target!r}: {_reason(error)}", where=where) from error
+            remedy = f"update {offer.distribution}, or leave it out with --block {offer.plugin}"
+            raise MissingError(
+                f"{owner} failed to load {offer.target!r}: {_reason(error)}", where=where, remedy=remedy
+            ) from error
         interface = INTERFACES[kind]
         if not (isinstance(target, type) and issubclass(target, interface)):
             raise MissingError(f"{owner} offers {name!r} as a {kind}, but it is no {interface.__name__}", where=where)
@@ -180,8 +192,12 @@ class Plugins:
         close = difflib.get_close_matches(name, self.names(kind), n=1)
         known = ", ".join(self.names(kind)) or "none"
         text = f"did you mean {close[0]!r}?" if close else f"installed are: {known}"
+        if others := [other for other in KINDS if (other, name) in self._offers]:
+            text = f"it is a {others[0]}, {text}"
         if self.broken:
             text += f" (not loaded: {', '.join(f'{b.plugin} of {b.distribution}' for b in self.broken)})"
+        if self.blocked:
+            text += f" (left out: {', '.join(self.blocked)})"
         return text
 
     def _load(self, point: EntryPoint) -> None:

@@ -36,7 +36,11 @@ def _matching(linears: Collection[str], pattern: str, option: str) -> list[str]:
         try:
             expression = re.compile(pattern[3:])
         except re.error as error:
-            raise RecipeError(f"{option}: not a regular expression ({error})", found=pattern) from error
+            what, remedy = (
+                f"{option}: not a regular expression ({error})",
+                "after re: write one as Python's re reads it",
+            )
+            raise RecipeError(what, found=pattern, remedy=remedy) from error
         found = [name for name in linears if expression.match(name)]
     else:
         found = [name for name in linears if name == pattern]

@@ -8,6 +8,7 @@ import random
 import shutil
 
 import pytest
+
 from optkit.artifact import open_artifact, publish, staging
 from optkit.errors import DamagedError, MachineError, MissingError
 

@@ -7,6 +7,7 @@ import sys
 import textwrap
 
 import pytest
+
 from optkit.batching import Batcher
 from optkit.errors import MissingError, RecipeError
 from optkit.hookspecs import hookimpl

@@ -361,7 +361,7 @@ SIDES = "needs either at_most or at_least; write one of them, and a second gate 
         ("transforms:\n  - round:\n      part:\n        ratio: 1", "6:9: transforms[0].round.part.ratio: must be more than 0 and less than 1, found 1"),
         ("transforms:\n  - rund", "4:5: unknown transform, found 'rund'; did you mean 'round'?"),
         ("transforms:\n  - round\n  - zzz: {}", "5:5: unknown transform, found 'zzz'; installed are: broken, mistaken, round, round.again"),
-        ("transforms:\n  - broken", "4:5: plugin 'everything' of optkit-everything 1.2 failed to load 'no_such_module:Broken': ModuleNotFoundError: No module named 'no_such_module'"),
+        ("transforms:\n  - broken", "4:5: plugin 'everything' of optkit-everything 1.2 failed to load 'no_such_module:Broken': ModuleNotFoundError: No module named 'no_such_module'; update optkit-everything, or leave it out with --block everything"),
         ("transforms:\n  - mistaken", "4:5: plugin 'everything' of optkit-everything 1.2 offers 'mistaken' as a transform, but it is no Transform"),
         ("transforms:\n  - round:\n    bits: 4\n    share: 1", "4:5: transforms[0]: must name one transform, found round, bits, share; indent bits, share further, as options of round"),
         ("transforms:\n  - round: {}\n    round.again: {}", "4:5: transforms[0]: must name one transform, found round, round.again; start each one with '- '"),

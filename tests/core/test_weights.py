@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from optkit.builtin.huggingface import HuggingFace
 from optkit.errors import DamagedError, MissingError
 from optkit.quantized import quantized_layers

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from optkit.artifact import FileRecord, check_files, hash_files
-from optkit.errors import MachineError
+from optkit.artifact import FileRecord, check_files, hash_files, writing
 from optkit.locations import cache_root
 
-__all__ = ["CachedStep", "StepCache", "key_of", "locked"]
+__all__ = ["CachedStep", "StepCache", "key_of", "locked", "sweep", "workplace"]
+
+_REMEDY = "optkit cache clear frees old steps, OPTKIT_CACHE names another place"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class CachedStep:
     data: Path
     """The directory that the step wrote."""
     report: dict[str, Any]
-    """What it measured, JSON-able."""
+    """What it measured, as JSON gives it back."""
     seconds: float
     """Of the run that made it."""
     hit: bool
@@ -37,14 +38,14 @@ class CachedStep:
 
 
 class StepCache:
-    """Results of steps, by key, below one directory.
+    """Results of steps, by key, below the cache's root.
 
-    A result is written into a temporary directory and renamed, so that a crash leaves nothing half-made. It is verified
-    against its hashes before it is used again. A lock per key makes sixteen processes do a step once.
+    A result is made in a work place and renamed, so that a crash leaves nothing half-made. Before it is used again
+    every byte is verified. A lock per key makes sixteen processes do a step once.
     """
 
-    def __init__(self, root: Path | None = None) -> None:
-        self.root = (root or cache_root()) / "steps"
+    def __init__(self) -> None:
+        self.root = cache_root() / "steps"
 
     def run(self, key: str, name: str, work: Callable[[Path], dict[str, Any]]) -> CachedStep:
         """The result under `key`, made by `work` if it is not there.
@@ -55,19 +56,25 @@ class StepCache:
             work: writes into the empty directory that it is given and returns a JSON-able report.
 
         Raises:
-            MachineError: the cache cannot be written. What `work` raises passes through.
+            MachineError: the cache cannot be written. What else `work` raises passes through.
         """
         with locked(key):
-            found = self._read(key)
-            return found if found is not None else self._make(key, name, work)
+            found = self._load(key)
+            if found is None:
+                return self._make(key, name, work)
+            step, files = found
+            if not step.data.is_dir() or not check_files(step.data, files):
+                return self._make(key, name, work)
+            os.utime(self.root / key / "step.json")
+            return step
 
     def entries(self) -> Iterator[tuple[CachedStep, int, float]]:
         """Every cached step with its bytes and the time it was last used, in seconds since the epoch."""
         for directory in sorted(self.root.glob("*")):
-            step = None if directory.name.startswith(".") else self._load(directory.name)
-            if step is not None:
+            found = self._load(directory.name)
+            if found is not None:
                 size = sum(file.stat().st_size for file in directory.rglob("*") if file.is_file())
-                yield step, size, (directory / "step.json").stat().st_mtime
+                yield found[0], size, (directory / "step.json").stat().st_mtime
 
     def clear(self, *, unused_for: float = 0.0) -> int:
         """Remove steps not used for so many seconds, and leftovers of killed runs; returns the bytes freed."""
@@ -77,50 +84,38 @@ class StepCache:
                 with locked(step.key):
                     shutil.rmtree(self.root / step.key, ignore_errors=True)
                 freed += size
-        self._sweep()
+        sweep()
         return freed
 
     def _make(self, key: str, name: str, work: Callable[[Path], dict[str, Any]]) -> CachedStep:
-        self._sweep()
-        temporary = self.root / f".{key[:16]}-{os.getpid()}"
-        try:
-            (temporary / "data").mkdir(parents=True)
+        with writing(self.root, "the cache", _REMEDY), workplace(key) as place:
+            data = place / "data"
+            data.mkdir()
             started = time.perf_counter()
-            report = work(temporary / "data")
+            report = work(data)
             seconds = time.perf_counter() - started
-            files = {path: record.model_dump() for path, record in hash_files(temporary / "data").items()}
-            facts = {"name": name, "report": report, "seconds": seconds, "files": files}
-            (temporary / "step.json").write_text(json.dumps(facts), encoding="utf-8")
+            files = {path: record.model_dump() for path, record in hash_files(data).items()}
+            facts = json.loads(json.dumps({"name": name, "report": report, "seconds": seconds, "files": files}))
+            sealed = {"digest": key_of(**facts), "facts": facts}
+            (place / "step.json").write_text(json.dumps(sealed), encoding="utf-8")
+            self.root.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(self.root / key, ignore_errors=True)  # a damaged one
-            temporary.rename(self.root / key)
-        except OSError as error:
-            raise MachineError(f"the cache cannot be written ({error})", where=str(self.root)) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        return CachedStep(key, name, self.root / key / "data", report, seconds, hit=False)
+            place.rename(self.root / key)
+        return CachedStep(key, name, self.root / key / "data", facts["report"], seconds, hit=False)
 
-    def _read(self, key: str) -> CachedStep | None:
-        step = self._load(key)
-        if step is None:
-            return None
-        facts = json.loads((self.root / key / "step.json").read_text(encoding="utf-8"))
-        files = {path: FileRecord.model_validate(record) for path, record in facts["files"].items()}
-        if not check_files(step.data, files):
-            return None
-        os.utime(self.root / key / "step.json")
-        return step
-
-    def _load(self, key: str) -> CachedStep | None:
+    def _load(self, key: str) -> tuple[CachedStep, dict[str, FileRecord]] | None:
         try:
-            facts = json.loads((self.root / key / "step.json").read_text(encoding="utf-8"))
-            return CachedStep(key, facts["name"], self.root / key / "data", facts["report"], facts["seconds"], hit=True)
-        except (OSError, ValueError, KeyError, TypeError):
+            text = (self.root / key / "step.json").read_text(encoding="utf-8")
+            sealed = json.loads(text)
+            facts = sealed["facts"]
+            # Both: other text may stand for the same figures.
+            if key_of(**facts) != sealed["digest"] or json.dumps(sealed) != text:
+                return None
+            files = {path: FileRecord.model_validate(record) for path, record in facts["files"].items()}
+            data = self.root / key / "data"
+            return CachedStep(key, facts["name"], data, facts["report"], facts["seconds"], hit=True), files
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
-
-    def _sweep(self) -> None:
-        for leftover in self.root.glob(".*-*"):
-            if not Path("/proc", leftover.name.rpartition("-")[2]).exists():
-                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def key_of(**inputs: Any) -> str:
@@ -129,14 +124,55 @@ def key_of(**inputs: Any) -> str:
 
 
 @contextmanager
-def locked(name: str) -> Iterator[None]:
-    """Hold the lock called `name`, among all processes that share the cache. Released when the process dies."""
-    from filelock import FileLock
+def locked(name: str, *, wait: bool = True) -> Iterator[bool]:
+    """Hold the lock called `name`, among all processes that share the cache. Released when the process dies.
+
+    Args:
+        name: of the lock.
+        wait: until it is free; if not, the body runs without the lock where another one holds it.
+
+    Yields:
+        Whether the lock is held.
+
+    Raises:
+        MachineError: the cache cannot be written.
+    """
+    from filelock import FileLock, Timeout
 
     directory = cache_root() / "locks"
-    try:
+    with writing(directory, "the cache"):
         directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MachineError(f"the cache cannot be written ({error.strerror})", where=str(directory)) from error
-    with FileLock(directory / f"{name}.lock"):
-        yield
+        lock = FileLock(directory / f"{name}.lock")
+        try:
+            lock.acquire(blocking=wait)
+            held = True
+        except Timeout:
+            held = False
+    try:
+        yield held
+    finally:
+        lock.release()
+
+
+@contextmanager
+def workplace(name: str) -> Iterator[Path]:
+    """An empty directory for the holder of the lock called `name`, removed at the end if it is still there.
+
+    It belongs to whoever holds the lock and not to a process number: those repeat, and mean nothing in another
+    container that shares the cache.
+    """
+    directory = cache_root() / "work" / name
+    shutil.rmtree(directory, ignore_errors=True)  # of a holder that was killed
+    directory.mkdir(parents=True)
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def sweep() -> None:
+    """Remove the work places of killed runs: those whose lock nobody holds."""
+    for directory in (cache_root() / "work").glob("*"):
+        with locked(directory.name, wait=False) as abandoned:
+            if abandoned:
+                shutil.rmtree(directory, ignore_errors=True)

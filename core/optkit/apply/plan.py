@@ -9,15 +9,16 @@ from pathlib import Path
 
 from optkit import hardware
 from optkit.backends import Backend, Lowering
-from optkit.errors import MachineError, MissingError, RecipeError
+from optkit.errors import DamagedError, MachineError, MissingError, OptkitError, RecipeError
 from optkit.locations import cache_root
+from optkit.measure import measurable
 from optkit.model import ModelCard
 from optkit.plugins import Plugins
 from optkit.recipe import Recipe
 from optkit.steps import Limits
 from optkit.transforms import Transform
 
-__all__ = ["Estimate", "Plan", "PlannedStep", "make_plan"]
+__all__ = ["Estimate", "Plan", "PlannedStep", "check_output", "check_room", "make_plan"]
 
 _FLOAT = 4
 # Of what the GEMM probe reaches: a whole model also normalizes, attends and dispatches.
@@ -71,7 +72,8 @@ def make_plan(recipe: Recipe, plugins: Plugins) -> Plan:
     Raises:
         RecipeError: steps in an order that cannot work, options that do not fit the model, or a weight format that the
             backend cannot run; with position and remedy.
-        MissingError: the model, or what the backend needs, is not on this machine.
+        MissingError: the model, the evaluation text, or what the backend needs, is not on this machine.
+        DamagedError: the model or the text is not in its format.
         MachineError: too little memory or disk.
     """
     _check_gates(recipe, plugins)
@@ -80,6 +82,7 @@ def make_plan(recipe: Recipe, plugins: Plugins) -> Plan:
     tags = steps[-1].tags if steps else card.tags
     lowering = _lower(recipe, tags)
     limits = _limits(recipe, card)
+    _check_text(recipe)
     estimate = _estimate(recipe, card, limits)
     _preflight(estimate)
     return Plan(recipe, card, steps, lowering, limits, estimate)
@@ -88,16 +91,26 @@ def make_plan(recipe: Recipe, plugins: Plugins) -> Plan:
 def _inspect(recipe: Recipe) -> ModelCard:
     try:
         return recipe.model.options.inspect()
-    except MissingError as error:
-        where = recipe.document.where("model", recipe.model.name)
-        raise MissingError(
-            f"{error.where}: {error.what}", where=where, found=error.found, remedy=error.remedy
-        ) from error
+    except OptkitError as error:
+        raise _placed(error, recipe, "model", recipe.model.name) from error
+
+
+def _placed(error: OptkitError, recipe: Recipe, *keys: str | int) -> OptkitError:
+    """The same error with its place in the recipe before the file that it names."""
+    what = f"{error.where}: {error.what}" if error.where else error.what
+    return type(error)(what, where=recipe.document.where(*keys), found=error.found, remedy=error.remedy)
 
 
 def _check_gates(recipe: Recipe, plugins: Plugins) -> None:
     for index, gate in enumerate(recipe.gates):
         metric = plugins.get("metric", gate.metric, where=recipe.document.where("gates", index, "metric"))
+        if not measurable(metric):
+            raise recipe.document.error(
+                f"{gate.metric} is no metric of tokens, runs or footprints, or has options that must be given",
+                "gates",
+                index,
+                remedy="gate on another metric",
+            )
         if gate.limit.kind == "ratio" and not metric.relative:
             raise recipe.document.error(
                 f"{gate.metric} has no ratio to the baseline, it is a distance from it",
@@ -122,12 +135,13 @@ def _fold(recipe: Recipe, card: ModelCard) -> tuple[PlannedStep, ...]:
             )
         clash = sorted(tag for tag in tags if any(fnmatchcase(tag, pattern) for pattern in transform.conflicts))
         if clash:
-            causes = [step.name for step in steps if clash[0] in step.tags] or [f"the model {card.name}"]
-            raise recipe.document.error(
-                f"cannot come after {causes[0]}, which leaves the model with {clash[0]}",
-                *place,
-                remedy="put it before that step, or leave one of them out",
-            )
+            if clash[0] in card.tags:
+                what, remedy = f"cannot work on {card.name}, which has {clash[0]}", "start from the model in float"
+            else:
+                cause = next(step.name for step in steps if clash[0] in step.tags)
+                what = f"cannot come after {cause}, which leaves the model with {clash[0]}"
+                remedy = "leave one of them out" if cause == use.name else "put it before that step, or leave one out"
+            raise recipe.document.error(what, *place, remedy=remedy)
         try:
             transform.check(card)
         except RecipeError as error:
@@ -167,6 +181,11 @@ def _limits(recipe: Recipe, card: ModelCard) -> Limits:
             found=length,
             remedy="lower max_length",
         )
+    if needed > card.max_length:
+        raise recipe.document.error(
+            f"evaluation and benchmark need {needed} positions, the model was trained for {card.max_length}",
+            remedy="lower evaluation.context_length, or benchmark's prompt_tokens and output_tokens",
+        )
     if length < needed:
         raise recipe.document.error(
             f"evaluation and benchmark need {needed} positions",
@@ -175,6 +194,36 @@ def _limits(recipe: Recipe, card: ModelCard) -> Limits:
             remedy="raise max_length, or lower evaluation.context_length and benchmark's tokens",
         )
     return Limits(recipe.batching.options.max_sequences, length)
+
+
+def _check_text(recipe: Recipe) -> None:
+    """Refuse what is certain to be too little text. No tokenizer is asked: it makes at most a token of a byte."""
+    evaluation, prompt = recipe.evaluation, recipe.benchmark.prompt_tokens
+    window = min(evaluation.context_length, evaluation.tokens)
+    needed = evaluation.tokens // window * window
+    if prompt > needed:
+        raise recipe.document.error(
+            f"the evaluation text, which prompts are taken from, has {needed} tokens",
+            "benchmark",
+            "prompt_tokens",
+            found=prompt,
+            remedy="lower it, or raise evaluation.tokens",
+        )
+    there = 0
+    try:
+        for text in evaluation.dataset.options.texts():
+            there += len(text.encode()) + 2
+            if there >= needed:
+                return
+    except OptkitError as error:
+        raise _placed(error, recipe, "evaluation", "dataset") from error
+    raise recipe.document.error(
+        f"the dataset has at most {there} tokens of text",
+        "evaluation",
+        "tokens",
+        found=evaluation.tokens,
+        remedy="lower it, or choose a longer dataset",
+    )
 
 
 def _estimate(recipe: Recipe, card: ModelCard, limits: Limits) -> Estimate:
@@ -209,17 +258,21 @@ def _preflight(estimate: Estimate) -> None:
     available = hardware.memory().available
     if estimate.memory_bytes > available:
         raise MachineError(
-            f"apply needs about {estimate.memory_bytes / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available",
+            f"apply needs about {_size(estimate.memory_bytes)} of memory, {_size(available)} are available",
             remedy="lower evaluation.context_length, max_length or max_batch_size, or take a larger machine",
         )
     root = cache_root()
     free = shutil.disk_usage(next(path for path in [root, *root.parents] if path.exists())).free
     if estimate.disk_bytes > free:
         raise MachineError(
-            f"apply writes about {estimate.disk_bytes / 1e9:.1f} GB, {free / 1e9:.1f} GB are free",
+            f"apply writes about {_size(estimate.disk_bytes)}, {_size(free)} are free",
             where=str(root),
             remedy="optkit cache clear frees old steps, OPTKIT_CACHE names another place",
         )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _shown(tags: frozenset[str]) -> str:
@@ -231,6 +284,7 @@ def check_output(output: Path, recipe_hash: str, *, overwrite: bool) -> bool:
 
     Raises:
         RecipeError: something else stands there, and it may not be overwritten.
+        DamagedError: an artifact stands there, damaged.
     """
     from optkit.artifact import open_artifact
 
@@ -243,6 +297,26 @@ def check_output(output: Path, recipe_hash: str, *, overwrite: bool) -> bool:
         raise RecipeError("is there already, and no artifact", where=where, remedy="choose another --output")
     if overwrite:
         return False
-    if open_artifact(output).manifest.recipe_hash != recipe_hash:
+    try:
+        found = open_artifact(output).manifest.recipe_hash
+    except DamagedError as error:
+        raise DamagedError(error.what, where=error.where, remedy="add --overwrite to make it anew") from error
+    if found != recipe_hash:
         raise RecipeError("holds the artifact of another recipe", where=where, remedy=remedy)
     return True
+
+
+def check_room(output: Path, estimate: Estimate) -> None:
+    """Refuse, before the work, to publish what does not fit.
+
+    Raises:
+        MachineError: the disk of `output` has less room than the artifact takes.
+    """
+    needed = 2 * estimate.weight_bytes  # weights and runtime
+    free = shutil.disk_usage(next(path for path in output.parents if path.exists())).free
+    if needed > free:
+        raise MachineError(
+            f"the artifact takes about {_size(needed)}, {_size(free)} are free",
+            where=str(output),
+            remedy="choose another output",
+        )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -11,17 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from optkit import hardware, measure
-from optkit.apply.cache import CachedStep, StepCache, key_of, locked
+from optkit.apply.cache import CachedStep, StepCache, key_of, locked, sweep, workplace
 from optkit.apply.gates import check_gates
-from optkit.apply.plan import Plan, check_output
+from optkit.apply.plan import Plan, check_output, check_room
 from optkit.apply.report import render_html
-from optkit.apply.workshop import Workshop, workshop
-from optkit.artifact import Artifact, StepRecord, open_artifact, publish, staging
+from optkit.apply.workshop import Workshop
+from optkit.artifact import Artifact, StepRecord, open_artifact, publish, staging, writing
 from optkit.backends import TokenSession
 from optkit.bench import Files, Opening, SessionArm, TransformersArm
+from optkit.datasets import Dataset
 from optkit.errors import GateFailed
 from optkit.evaluate import ModelScorer, SessionScorer, parity
 from optkit.measure import Contestant
+from optkit.metrics import FootprintMetric, Metric, RunMetric, TokenMetric
 from optkit.model import Model
 from optkit.plugins import Plugins
 from optkit.recipe import Use
@@ -34,6 +39,8 @@ Progress = Callable[[str, int, int, str], None]
 """`progress(step, done, total, what)`, called at least once a second in long work."""
 
 _PARITY_WINDOWS, _PARITY_TOKENS = 2, 128
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,42 +58,59 @@ def apply(plan: Plan, plugins: Plugins, output: Path, *, progress: Progress, ove
     """Carry out a plan and publish the artifact at `output`.
 
     Every step goes through the cache, so that an interrupted apply goes on where it was. Two applies to one output wait
-    for each other; two that share a step do it once.
+    for each other; two that share a step do it once. An observer that raises is named in a warning of this module's
+    logger, and the work goes on without it.
 
     Raises:
         RecipeError: `output` holds something else.
+        DamagedError: `output` holds a damaged artifact.
         GateFailed: a gate of the recipe, or parity, is missed; the artifact stands at `output` + `.rejected`.
         MachineError: the output or the cache cannot be written.
     """
-    output = output.absolute()
-    source = key_of(model=_identity(plan.recipe.model), files=plan.recipe.model.options.fingerprint())
-    recipe_hash = key_of(recipe=plan.recipe.resolved(), source=source)
-    with locked(key_of(output=str(output))):
+    output = output.resolve()  # two spellings of one place are one output, and a link to it stays a link
+    recipe = plan.recipe
+    source = key_of(model=_identity(recipe.model), files=recipe.model.options.fingerprint())
+    text = key_of(dataset=_identity(recipe.evaluation.dataset), texts=_fingerprint(recipe.evaluation.dataset.options))
+    recipe_hash = key_of(recipe=recipe.resolved(), source=source, text=text)
+    place = key_of(output=str(output))
+    with locked(place):
         if check_output(output, recipe_hash, overwrite=overwrite):
             artifact = open_artifact(output)
             return Outcome(artifact, artifact.report(), (), existed=True)
-        with staging(output) as staged, workshop(plan.recipe) as shop:
-            steps = _Steps(plan, plugins, shop, source, progress)
-            for index in range(len(plan.recipe.transforms)):
+        check_room(output, plan.estimate)
+        sweep()
+        with staging(output) as staged, workplace(place) as scratch:
+            steps = _Steps(plan, plugins, Workshop(recipe, scratch), source, text, progress)
+            for index in range(len(recipe.transforms)):
                 steps.transform(index)
             report = steps.finish()
-            steps.assemble(staged, report)
+            with writing(output, remedy="choose another output"):
+                steps.assemble(staged, report)
             failed = [gate for gate in report["gates"] if not gate["passed"]]
             target = output.with_name(output.name + ".rejected") if failed else output
             artifact = publish(staged, target, steps.facts(recipe_hash))
     if failed:
-        raise GateFailed(failed[0]["message"], where=str(output), remedy=f"the artifact was kept aside at {target}")
+        messages = "; ".join(gate["message"] for gate in failed)
+        raise GateFailed(messages, where=str(output), remedy=f"the artifact was kept aside at {target}")
     return Outcome(artifact, report, tuple(steps.done), existed=False)
 
 
 class _Steps:
     """The steps of one apply, each through the cache."""
 
-    def __init__(self, plan: Plan, plugins: Plugins, shop: Workshop, source: str, progress: Progress) -> None:
+    def __init__(
+        self, plan: Plan, plugins: Plugins, shop: Workshop, source: str, text: str, progress: Progress
+    ) -> None:
         self.done: list[CachedStep] = []
         self._plan, self._plugins, self._shop, self._progress = plan, plugins, shop, progress
         self._recipe, self._resolved = plan.recipe, plan.recipe.resolved()
         self._source = self._key = source
+        self._judged_by = {
+            "source": source,
+            "text": text,
+            "evaluation": self._resolved["evaluation"],
+            "metrics": self._metrics(TokenMetric),
+        }
         self._machine = hardware.machine()
         self._cache = StepCache()
         self._records: list[StepRecord] = []
@@ -110,7 +134,7 @@ class _Steps:
         self._key, self._weights, self._tags = changed.key, changed.data, frozenset(changed.report["tags"])
         for model in made:
             self._shop.keep(self._weights, model)
-        inputs = {"model": self._key, "evaluation": self._resolved["evaluation"], "source": self._source}
+        inputs = {"model": self._key, **self._judged_by}
         effect = self._step(f"{name}: quality", self._recipe.evaluation.dataset, self._effect, inputs)
         self._record(use, changed, {**effect.report, "weight_bytes": changed.report["weight_bytes"]})
 
@@ -127,10 +151,10 @@ class _Steps:
         compiled = self._step("compile", recipe.backend, self._compile, {"model": self._key})
         self._record(recipe.backend, compiled, {})
         self._files = Files(compiled.data, self._weights, self._plan.limits)
-        inputs = {"compiled": compiled.key, "limits": asdict(self._plan.limits), "source": self._source}
-        inputs["evaluation"] = self._resolved["evaluation"]
+        inputs = {"compiled": compiled.key, "limits": asdict(self._plan.limits), **self._judged_by}
         quality = self._step("quality", recipe.evaluation.dataset, self._quality, inputs)
         inputs |= {"benchmark": self._resolved["benchmark"], "machine": self._machine.fingerprint()}
+        inputs["metrics"] = self._metrics(RunMetric, FootprintMetric)
         speed = self._step("benchmark", recipe.batching, self._speed, inputs)
         figures = {**speed.report["metrics"], **quality.report["metrics"]}
         parity, lowering = quality.report["parity"], self._plan.lowering
@@ -147,8 +171,9 @@ class _Steps:
 
     def assemble(self, staged: Path, report: Mapping[str, Any]) -> None:
         """Put everything but the manifest into `staged`."""
-        shutil.copytree(self._files.weights, staged / "weights")
-        shutil.copytree(self._files.runtime, staged / "runtime")
+        # Not with the modes that libraries gave the files: who may read the artifact is up to this user's umask.
+        shutil.copytree(self._files.weights, staged / "weights", copy_function=shutil.copyfile)
+        shutil.copytree(self._files.runtime, staged / "runtime", copy_function=shutil.copyfile)
         (staged / "recipe.yaml").write_text(self._recipe.document.text, encoding="utf-8")
         (staged / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         (staged / "report.html").write_text(render_html(report), encoding="utf-8")
@@ -203,7 +228,7 @@ class _Steps:
 
     def _speed(self, _: Path) -> dict[str, Any]:
         recipe, text, settings = self._recipe, self._shop.windows, self._recipe.benchmark
-        card, files, name = self._plan.card, self._files, recipe.name
+        card, files, name = self._plan.card, self._files, measure.OPTIMIZED
         size = measure.folder_bytes(files.runtime) or measure.folder_bytes(files.weights)
         contestants = (
             Contestant(measure.BASELINE, Opening(self._resolved, None), card.parameters * card.bytes_per_parameter),
@@ -233,14 +258,34 @@ class _Steps:
     ) -> CachedStep:
         """One step through the cache; observers hear of it. The libraries' versions are part of every key."""
         key = key_of(step=name, plugin=_identity(use), libraries=self._machine.libraries, inputs=inputs)
-        self._plugins.hook.step_started(step=name)
+        self._tell("step_started", step=name)
         self._progress(name, 0, 1, "")
         step = self._cache.run(key, name, work)
         self._progress(name, 1, 1, "cached" if step.hit else f"{step.seconds:.1f} s")
         report = {"key": key, "seconds": step.seconds, "cached": step.hit, **step.report}
-        self._plugins.hook.step_finished(step=name, report=report)
+        self._tell("step_finished", step=name, report=report)
         self.done.append(step)
         return step
+
+    def _tell(self, event: str, **facts: Any) -> None:
+        """Call every observer, each with copies: what one of them does reaches neither the others nor the work."""
+        for observer in getattr(self._plugins.hook, event).get_hookimpls():
+            try:
+                observer.function(*(copy.deepcopy(facts[name]) for name in observer.argnames))
+            except Exception as error:
+                log.warning(
+                    "plugin %r failed when it was told of %s (%s: %s)",
+                    observer.plugin_name,
+                    facts["step"],
+                    type(error).__name__,
+                    error,
+                )
+
+    def _metrics(self, *shapes: type[Metric]) -> list[tuple[str, str, str]]:
+        """What measures: a metric that was installed or upgraded since has no figure in the cache."""
+        names = sorted(name for shape in shapes for name in measure.metrics_of(self._plugins, shape))
+        offers = [self._plugins.find("metric", name) for name in names]
+        return [(offer.name, offer.distribution, offer.version) for offer in offers]
 
     def _record(self, use: Use[Any], step: CachedStep, effect: Mapping[str, Any]) -> None:
         self._records.append(
@@ -259,3 +304,12 @@ class _Steps:
 def _identity(use: Use[Any]) -> dict[str, Any]:
     """What of a plugin decides its result: where it comes from, in which version, and its options."""
     return {"plugin": use.resolved(), "distribution": use.distribution, "version": use.version}
+
+
+def _fingerprint(dataset: Dataset) -> str:
+    """SHA-256 over the texts, in hexadecimal: its options do not say what is in a file."""
+    digest = hashlib.sha256()
+    for text in dataset.texts():
+        encoded = text.encode("utf-8", "surrogatepass")
+        digest.update(len(encoded).to_bytes(8, "little") + encoded)
+    return digest.hexdigest()

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from optkit.evaluate import ModelScorer, Recorded, Scorer, windows
-from optkit.locations import cache_root
 from optkit.model import Model
 from optkit.recipe import Recipe
 from optkit.weights import load_folder
 
-__all__ = ["Workshop", "workshop"]
+__all__ = ["Workshop"]
 
 
 class Workshop:
-    """Holds the baseline and the model that is worked on. A step that the cache answers needs neither."""
+    """Holds the baseline and the model that is worked on. A step that the cache answers needs neither.
+
+    Args:
+        recipe: says where the baseline and the text come from.
+        scratch: an empty directory for this run alone; the baseline's logits are kept there.
+    """
 
     def __init__(self, recipe: Recipe, scratch: Path) -> None:
         self._recipe = recipe
@@ -61,17 +60,12 @@ class Workshop:
         return self._recipe.model.options.load() if weights is None else load_folder(weights, tags=tags)
 
     def keep(self, weights: Path, model: Model) -> None:
-        """Remember the model that was just saved to `weights`, so that the next step need not load it."""
-        self._model = (weights, model)
+        """Remember the model that was just saved to `weights`, so that the next step need not load it.
 
+        One in another precision is not remembered: saved, it flows on in float32, as after an interruption.
+        """
+        import torch
 
-@contextmanager
-def workshop(recipe: Recipe) -> Iterator[Workshop]:
-    """A workshop with room on disk for this run only; what killed runs left behind is removed."""
-    root = cache_root() / "scratch"
-    root.mkdir(parents=True, exist_ok=True)
-    for leftover in root.iterdir():
-        if not Path("/proc", leftover.name.partition("-")[0]).exists():
-            shutil.rmtree(leftover, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=f"{os.getpid()}-", dir=root, ignore_cleanup_errors=True) as directory:
-        yield Workshop(recipe, Path(directory))
+        floats = (tensor for tensor in model.module.state_dict().values() if tensor.is_floating_point())
+        if all(tensor.dtype == torch.float32 for tensor in floats):
+            self._model = (weights, model)

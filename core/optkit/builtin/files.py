@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.util
 from collections.abc import Iterable
@@ -25,7 +26,10 @@ def locate(path: str) -> Path:
     if not path.startswith("package:"):
         found = Path(path).expanduser()
         if not found.exists():
-            raise MissingError("no such file or folder", where=path, remedy="check the path in the recipe")
+            others = [other.name for other in found.parent.glob("*")]
+            near = difflib.get_close_matches(found.name, others, n=1)
+            remedy = f"did you mean {found.with_name(near[0])}?" if near else "check the path"
+            raise MissingError("no such file or folder", where=path, remedy=remedy)
         return found
     package, _, inner = path.removeprefix("package:").partition("/")
     spec = importlib.util.find_spec(package) if package.isidentifier() else None

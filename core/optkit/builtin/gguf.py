@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +70,7 @@ class GGUF(Source):
     def _file(self) -> Path:
         file = locate(self.file)
         if not file.is_file():
-            raise MissingError("a folder, not a GGUF file", where=self.file)
+            raise MissingError("is a folder, not a GGUF file", where=self.file, remedy="name the file in it")
         return file
 
 
@@ -89,26 +90,45 @@ def read_header(file: Path) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]
         with file.open("rb") as stream:
             magic, version, tensors, entries = struct.unpack("<4sIQQ", stream.read(24))
             if magic != b"GGUF" or version not in (2, 3):
-                raise ValueError(f"starts with {magic!r}, version {version}")
+                raise ValueError(f"it starts with {magic!r}" if magic != b"GGUF" else f"it has version {version}")
             metadata = {}
             for _ in range(entries):
                 key = _string(stream)
                 value = _value(stream, _number(stream, "I"))
                 if value is not None:
                     metadata[key] = value
-            shapes = {}
+            shapes, end = {}, 0
             for _ in range(tensors):
                 name = _string(stream)
                 dimensions = [_number(stream, "Q") for _ in range(_number(stream, "I"))]
-                stream.seek(12, 1)
+                kind, offset = struct.unpack("<IQ", stream.read(12))
+                end = max(end, offset + _bytes(math.prod(dimensions), kind))
                 shapes[name.removesuffix(".weight")] = tuple(reversed(dimensions))
-    except (OSError, ValueError, struct.error, MemoryError, OverflowError) as error:
-        raise DamagedError(f"not a readable GGUF file ({error})", where=str(file)) from error
+            if stream.tell() + end > file.stat().st_size:
+                raise EOFError
+    except (EOFError, struct.error) as error:
+        raise DamagedError(
+            "not a readable GGUF file (it ends too early)", where=str(file), remedy="get it again"
+        ) from error
+    except (OSError, ValueError, MemoryError, OverflowError) as error:
+        remedy = "check the path, or get it again"
+        raise DamagedError(f"not a readable GGUF file ({error})", where=str(file), remedy=remedy) from error
     return metadata, shapes
 
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+
+
+# Bytes of a block of values, and how many they are, for the tensor types that are most in use.
+_BLOCKS = {0: (4, 1), 1: (2, 1), 2: (18, 32), 3: (20, 32), 6: (22, 32), 7: (24, 32), 8: (34, 32), 30: (2, 1)}
+_BLOCKS |= {10: (84, 256), 11: (110, 256), 12: (144, 256), 13: (176, 256), 14: (210, 256)}
+
+
+def _bytes(values: int, kind: int) -> int:
+    """Bytes of a tensor; 0 for a rare type."""
+    size, count = _BLOCKS.get(kind, (0, 1))
+    return values // count * size
 
 
 def _number(stream: BinaryIO, code: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import struct
 from collections.abc import Mapping
@@ -54,28 +55,33 @@ class HuggingFace(Source):
         if self.model.startswith("package:") or Path(self.model).expanduser().exists():
             folder = locate(self.model)
             if self.revision is not None:
-                raise RecipeError("revision goes with a hub id, not with a folder", found=self.revision)
+                what = "revision goes with a hub id, not with a folder"
+                raise RecipeError(what, found=self.revision, remedy="remove it")
         else:
             folder = self._download()
         if not (folder / "config.json").is_file():
-            raise MissingError("no config.json, so no Hugging Face model", where=str(folder))
+            remedy = "name a folder with config.json and *.safetensors"
+            raise MissingError("no config.json, so no Hugging Face model", where=str(folder), remedy=remedy)
         return folder
 
     def _download(self) -> Path:
         from huggingface_hub import snapshot_download
+        from huggingface_hub.constants import HF_HUB_OFFLINE
         from huggingface_hub.errors import HFValidationError
 
         patterns = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
         try:
             return Path(snapshot_download(self.model, revision=self.revision, allow_patterns=patterns))
         except HFValidationError as error:
-            raise MissingError("no such folder, and no hub id either", where=self.model) from error
-        except Exception as error:  # the hub's client raises whatever its network stack does
             raise MissingError(
-                f"neither a folder nor available from the hub ({type(error).__name__})",
-                where=self.model,
-                remedy="check the path, or the network and HF_HUB_OFFLINE",
+                "no such folder, and no hub id either", where=self.model, remedy="check the path"
             ) from error
+        except Exception as error:  # the hub's client raises whatever its network stack does
+            reason = "HF_HUB_OFFLINE is set" if HF_HUB_OFFLINE else type(error).__name__
+            near = difflib.get_close_matches(self.model, [entry.name for entry in Path().iterdir()], n=1)
+            remedy = f"did you mean {near[0]!r}?" if near else "check the path or id, or download it first"
+            what = f"neither a folder nor available from the hub ({reason})"
+            raise MissingError(what, where=self.model, remedy=remedy) from error
 
 
 def card_of(config: Mapping[str, Any], shapes: Shapes, *, name: str) -> ModelCard:
@@ -87,8 +93,13 @@ def card_of(config: Mapping[str, Any], shapes: Shapes, *, name: str) -> ModelCar
         name: for people.
 
     Raises:
+        RecipeError: it is another kind of model.
         DamagedError: the configuration lacks what every such model has.
     """
+    architectures = config.get("architectures") or ["none"]
+    if not any(str(kind).endswith("ForCausalLM") for kind in architectures):
+        remedy = "choose one whose architecture ends in ForCausalLM"
+        raise RecipeError("is no causal language model", where=name, found=architectures[0], remedy=remedy)
     try:
         layers, hidden, heads = (
             int(config[key]) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads")
@@ -97,8 +108,6 @@ def card_of(config: Mapping[str, Any], shapes: Shapes, *, name: str) -> ModelCar
         head_dim = int(config.get("head_dim") or hidden // heads)
         vocab, architecture = int(config["vocab_size"]), str(config["model_type"])
         tied = bool(config.get("tie_word_embeddings", True)) and "lm_head.weight" not in shapes
-        if not any(str(kind).endswith("ForCausalLM") for kind in config.get("architectures") or ()):
-            raise DamagedError("no causal language model", where=name, found=config.get("architectures"))
         linears = {
             key.removesuffix(".weight"): (shape[0], shape[1]) for key, shape in shapes.items() if _is_linear(key, shape)
         }
@@ -145,7 +154,8 @@ def safetensors_shapes(file: Path) -> dict[str, tuple[int, ...]]:
                 elif not name.endswith((".weight_packed", ".weight_scale", ".weight_zero_point")):
                     shapes[name] = tuple(entry["shape"])
     except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
-        raise DamagedError(f"not a readable safetensors file ({error})", where=str(file)) from error
+        remedy = "get it again"
+        raise DamagedError(f"not a readable safetensors file ({error})", where=str(file), remedy=remedy) from error
     return shapes
 
 

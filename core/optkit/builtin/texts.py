@@ -34,6 +34,11 @@ class TextFile(Dataset):
         file = locate(self.path)
         try:
             text = file.read_text(encoding="utf-8")
-        except (UnicodeDecodeError, OSError) as error:
-            raise DamagedError(f"not a readable UTF-8 text file ({error})", where=self.path) from error
+        except UnicodeDecodeError as error:
+            what = f"not a readable UTF-8 text file (byte {error.start} is 0x{error.object[error.start]:02x})"
+            raise DamagedError(what, where=self.path, remedy="save it as UTF-8") from error
+        except OSError as error:
+            raise DamagedError(
+                f"not a readable UTF-8 text file ({error.strerror})", where=self.path, remedy="check the path"
+            ) from error
         yield from (paragraph for paragraph in text.split("\n\n") if paragraph.strip())

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from optkit.cli.present import emit_json, plugins_of, say, table
+from optkit.cli.present import counted, emit_json, lowered_as, plugins_of, say, size, table
 from optkit.cli.recipes import JsonOption, show_report
 
 __all__ = ["ArtifactArgument", "add_to"]
@@ -23,7 +23,7 @@ def add_to(app: typer.Typer) -> None:
 
 
 def inspect_artifact(artifact: ArtifactArgument, as_json: JsonOption = False) -> None:
-    """Verify an artifact and say what is in it and how it was made."""
+    """Verify an artifact, and say what is in it and how it was made."""
     from optkit.artifact import open_artifact
 
     opened = open_artifact(artifact)
@@ -34,11 +34,11 @@ def inspect_artifact(artifact: ArtifactArgument, as_json: JsonOption = False) ->
     say(f"{manifest.name}: every file is what the manifest says")
     say(f"tags         {' '.join(manifest.tags)}")
     say(f"backend      {next(iter(manifest.recipe['backend']))}")
-    say(f"limits       {manifest.max_batch_size} sequences of up to {manifest.max_length} tokens")
+    say(f"limits       {counted(manifest.max_batch_size, 'sequence')} of up to {manifest.max_length} tokens")
     say(f"weights for  {', '.join(manifest.servable_by)}")
     for part in ("weights", "runtime"):
-        size = sum(record.bytes for name, record in manifest.files.items() if name.startswith(f"{part}/"))
-        say(f"{part + '/':12} {size / 1e6:,.1f} MB")
+        bytes_of_part = sum(record.bytes for name, record in manifest.files.items() if name.startswith(f"{part}/"))
+        say(f"{part + '/':12} {size(bytes_of_part)}")
     say()
     table(
         ("step", "plugin of", "seconds", "key"),
@@ -55,9 +55,9 @@ def explain_artifact(
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens in the KV cache before the step.")] = 64,
     as_json: JsonOption = False,
 ) -> None:
-    """Say which kernel runs each layer of a decode step, and how far it is from this machine's ceiling.
+    """Say which kernel runs each layer, and how near to its ceiling.
 
-    The ceiling of one decode step is memory bandwidth: each weight is read once. `optkit sys` measures it.
+    Profiles one decode step. The ceiling is memory bandwidth: each weight is read once. `optkit sys` measures it.
     """
     from optkit.artifact import open_artifact
     from optkit.bench import explain
@@ -68,8 +68,7 @@ def explain_artifact(
         emit_json(explanation.to_dict())
         return
     for tag, lowered in explanation.lowering.items():
-        how = "native" if lowered["native"] else "dequantized"
-        say(f"{tag} -> {lowered['kernel']} ({how}{'; ' + lowered['reason'] if lowered['reason'] else ''})")
+        say(lowered_as(tag, lowered["kernel"], lowered["native"], lowered["reason"]))
     say()
     table(
         ("layers", "kernel", "calls", "ms", "share of step", "GB/s", "of ceiling"),
@@ -94,8 +93,10 @@ def explain_artifact(
 def generate(
     context: typer.Context,
     artifact: ArtifactArgument,
-    prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="Output tokens at most.")] = 128,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="What to say to the model.")],
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Output tokens at most; 128 by default, or what there is room for.")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the most likely token.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0, help="Nucleus sampling.")] = 1.0,
     seed: Annotated[int, typer.Option(min=0, help="Fixes the draws.")] = 0,
@@ -104,17 +105,28 @@ def generate(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer one prompt, word by word, through the model's chat template."""
+    """Answer one prompt, word by word.
+
+    The prompt goes through the model's chat template, where it has one.
+    """
     from optkit.artifact import open_artifact
     from optkit.bench import open_session
     from optkit.engine import Engine, Request, SamplingParams
     from optkit.engine.text import Detokenizer, encode, end_tokens, load_tokenizer
+    from optkit.errors import RecipeError
 
     opened = open_artifact(artifact)
     plugins = plugins_of(context)
     tokenizer = load_tokenizer(opened.weights)
     tokens = encode(tokenizer, prompt, chat=not raw)
-    params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, seed=seed)
+    room = opened.manifest.max_length - len(tokens)
+    if room < (max_tokens or 1):
+        raise RecipeError(
+            f"the artifact holds {opened.manifest.max_length} tokens, the prompt takes {len(tokens)}",
+            where="generate",
+            remedy="shorten the prompt" + (f", or lower --max-tokens to {room}" if room > 0 else ""),
+        )
+    params = SamplingParams(max_tokens=max_tokens or min(128, room), temperature=temperature, top_p=top_p, seed=seed)
     detokenizer = Detokenizer(tokenizer)
     written: list[str] = []
     reason: Any = None

@@ -35,22 +35,26 @@ def bench(
     samples: SamplesOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure speed, memory and size of an artifact beside the model that it was made from.
+    """Measure the speed and size of an artifact beside its original.
 
-    The two run by turns in randomized blocks, and the artifact a second time against itself for the noise.
+    And its peak memory. Artifact and original run by turns in randomized blocks, and the artifact a second time
+    against itself for the noise.
     """
     _measure(context, [artifact], _chosen(prompt_tokens, output_tokens, blocks), samples, as_json, quality=False)
 
 
 def evaluate(context: typer.Context, artifact: ArtifactArgument, as_json: JsonOption = False) -> None:
-    """Measure the quality of an artifact beside the model that it was made from."""
+    """Measure the quality of an artifact beside its original.
+
+    On the text that the recipe names.
+    """
     _measure(context, [artifact], None, None, as_json, quality=True)
 
 
 def compare(
     context: typer.Context,
     artifacts: Annotated[
-        list[Path], typer.Argument(metavar="ARTIFACT...", help="Two or more; the first is the reference.")
+        list[Path], typer.Argument(metavar="ARTIFACT", help="Two or more; the first is the reference.")
     ],
     prompt_tokens: PromptOption = None,
     output_tokens: OutputOption = None,
@@ -58,12 +62,18 @@ def compare(
     samples: SamplesOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure artifacts beside the first of them: quality, speed, memory and size."""
+    """Measure artifacts beside the first of them.
+
+    Quality, on the first one's text; speed, memory and size, with the first one's lengths.
+    """
     from optkit.errors import RecipeError
 
     if len(set(artifacts)) < len(artifacts) or len(artifacts) < 2:
         raise RecipeError(
-            "compare needs two or more different artifacts", where="optkit compare", remedy="name them all"
+            "needs two or more different artifacts",
+            where="compare",
+            found=" ".join(map(str, artifacts)),
+            remedy="name each once",
         )
     _measure(context, artifacts, _chosen(prompt_tokens, output_tokens, blocks), samples, as_json, quality=True)
 
@@ -86,6 +96,8 @@ def _measure(
     from optkit.recipe import Benchmark
 
     plugins = plugins_of(context)
+    if samples is not None:
+        _write(samples, [])  # refuse before the measurement what would fail after it
     opened = [contestant(path) for path in paths]
     artifact = opened[0][1]
     contestants = [one for one, _ in opened]
@@ -99,10 +111,9 @@ def _measure(
     if as_json:
         emit_json({"reference": contestants[0].name, "figures": figures})
         return
-    for name, metrics in figures.items():
-        say(f"{name} beside {contestants[0].name}\n")
+    for number, (name, metrics) in enumerate(figures.items()):
+        say(f"{chr(10) if number else ''}{name} beside {contestants[0].name}\n")
         show_report({"metrics": metrics})
-        say()
 
 
 def _write(file: Path, lines: list[Any]) -> None:
@@ -112,4 +123,6 @@ def _write(file: Path, lines: list[Any]) -> None:
         with file.open("a", encoding="utf-8") as stream:
             stream.writelines(f"{line}\n" for line in lines)
     except OSError as error:
-        raise MachineError(f"cannot be written ({error.strerror})", where=str(file)) from error
+        raise MachineError(
+            f"cannot be written ({error.strerror})", where=str(file), remedy="choose another file"
+        ) from error

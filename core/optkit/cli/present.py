@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import typer
 
-__all__ = ["Steps", "complain", "emit_json", "plugins_of", "say", "table"]
+__all__ = ["Steps", "complain", "counted", "duration", "emit_json", "lowered_as", "plugins_of", "say", "size", "table"]
 
 
 def say(text: str = "") -> None:
@@ -26,6 +26,27 @@ def complain(line: str) -> None:
 def emit_json(data: Any) -> None:
     """JSON for a script to read."""
     typer.echo(json.dumps(data, indent=1, sort_keys=False, default=str))
+
+
+def size(count: float) -> str:
+    """Bytes in words."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
+
+
+def counted(count: int, noun: str) -> str:
+    """`1 sequence`, `2 sequences`."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def lowered_as(tag: str, kernel: str, native: bool, reason: str) -> str:
+    """What becomes of one weight format."""
+    how = "native" if native else "not native"
+    return f"{tag} -> {kernel} ({how}{f'; {reason}' if reason else ''})"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Iterable[int] = ()) -> None:
@@ -79,18 +100,25 @@ class Steps:
             disable=not self._console.is_terminal,
         )
         self._tasks: dict[str, Any] = {}
-        self._told: set[str] = set()
+        self._finished: tuple[str, str] | None = None
 
     def __call__(self, step: str, done: int, total: int, what: str) -> None:
         """`done` of `total` of the step are done, now at `what`."""
         if step not in self._tasks:
             self._tasks[step] = self._bars.add_task(step, total=total, what=what)
         self._bars.update(self._tasks[step], completed=done, total=total, what=what[:40])
-        if not self._console.is_terminal and done == total and (what or total > 1):
-            line = f"  {step}: {what or 'done'}"
-            if line not in self._told:
-                self._told.add(line)
-                print(line, file=sys.stderr, flush=True)
+        if self._console.is_terminal:
+            return
+        if self._finished is not None and self._finished[0] != step:
+            self._tell()
+        if done == total:
+            # The last word counts: a step reports its parts first, and then how long all of it took.
+            self._finished = step, what if total == 1 and what else "done"
+
+    def _tell(self) -> None:
+        if self._finished is not None:
+            print("  {}: {}".format(*self._finished), file=sys.stderr, flush=True)
+            self._finished = None
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -100,3 +128,4 @@ class Steps:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._bars.stop()
+        self._tell()

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from optkit.cli.present import Steps, emit_json, plugins_of, say, table
+from optkit.cli.present import Steps, counted, duration, emit_json, lowered_as, plugins_of, say, size, table
 
 __all__ = ["add_to"]
 
@@ -31,9 +31,10 @@ def apply_recipe(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an artifact that stands there.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Optimize a model as the recipe says, measure it against the original, and publish the artifact.
+    """Optimize a model by a recipe, and measure what it gained.
 
-    Finished steps are kept: an interrupted apply goes on where it was.
+    The artifact is published only if it keeps the recipe's gates. Finished steps are kept: an interrupted apply goes on
+    where it was.
     """
     from optkit.apply import apply, make_plan
     from optkit.recipe import load_recipe
@@ -63,13 +64,17 @@ def show_report(report: Any) -> None:
         [(row.metric, row.baseline, row.value, row.change, row.verdict) for row in rows],
         right=(1, 2),
     )
-    say()
-    for gate in report.get("gates", ()):
+    for number, gate in enumerate(report.get("gates", ())):
+        if not number:
+            say()
         say(f"{'passed' if gate['passed'] else 'FAILED'}  {gate['message']}")
 
 
 def plan_recipe(context: typer.Context, recipe: RecipeArgument, as_json: JsonOption = False) -> None:
-    """Check a recipe without loading weights: the tags after each step, kernels, memory and time."""
+    """Say what a recipe will do here, without doing it.
+
+    Checks it, reads no weights, and shows the tags after each step, the kernel of each weight format, memory and time.
+    """
     from dataclasses import asdict
 
     from optkit.apply import make_plan
@@ -95,16 +100,16 @@ def plan_recipe(context: typer.Context, recipe: RecipeArgument, as_json: JsonOpt
         say(f"step {number}   {step.name}: {' '.join(sorted(step.tags - plan.card.tags))}")
     say(f"backend  {plan.recipe.backend.name}")
     for tag, lowered in sorted(plan.lowering.items()):
-        how = "native" if lowered.native else "DEQUANTIZED"
-        say(f"         {tag} -> {lowered.kernel} ({how}{'; ' + lowered.reason if lowered.reason else ''})")
+        say(f"         {lowered_as(tag, lowered.kernel, lowered.native, lowered.reason)}")
     limits = plan.limits
-    say(f"batching {plan.recipe.batching.name}: {limits.max_batch_size} sequences of up to {limits.max_length} tokens")
+    batch = counted(limits.max_batch_size, "sequence")
+    say(f"batching {plan.recipe.batching.name}: {batch} of up to {limits.max_length} tokens")
     for gate in plan.recipe.gates:
         side, limit = ("at_most", gate.at_most) if gate.at_most is not None else ("at_least", gate.at_least)
         say(f"gate     {gate.metric} {side} {limit}")
     say(
-        f"needs    about {estimate.memory_bytes / 1e9:.1f} GB of memory, {estimate.disk_bytes / 1e9:.1f} GB of disk "
-        f"and {estimate.seconds / 60:.1f} minutes"
+        f"needs    about {size(estimate.memory_bytes)} of memory, {size(estimate.disk_bytes)} of disk "
+        f"and {duration(estimate.seconds)}"
     )
     say(f"\nNext: optkit apply {recipe}")
 
@@ -113,7 +118,10 @@ def write_schema(
     context: typer.Context,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Write to this file.")] = None,
 ) -> None:
-    """Write the JSON Schema of recipes with all installed plugins, for editors to complete and check."""
+    """Write the JSON Schema of recipes, for editors.
+
+    It holds all installed plugins, so that an editor completes and checks recipes as they are written.
+    """
     import json
 
     from optkit.errors import MachineError
@@ -126,6 +134,8 @@ def write_schema(
     try:
         output.write_text(json.dumps(schema, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
-        raise MachineError(f"cannot be written ({error.strerror})", where=str(output)) from error
+        raise MachineError(
+            f"cannot be written ({error.strerror})", where=str(output), remedy="choose another file"
+        ) from error
     say(f"wrote {output}")
     say(f"Next: put this first in a recipe: # yaml-language-server: $schema={output}")

@@ -7,13 +7,23 @@ from typing import Annotated, Any
 
 import typer
 
-from optkit.cli.present import Steps, emit_json, plugins_of, say, table
+from optkit.cli.present import Steps, emit_json, plugins_of, say, size, table
 from optkit.cli.recipes import JsonOption
 
 __all__ = ["add_to", "peaks_of_machine"]
 
-plugins_app = typer.Typer(no_args_is_help=True, help="Installed plugins and what they offer to recipes.")
-cache_app = typer.Typer(no_args_is_help=True, help="Finished steps that are kept for the next apply.")
+
+def _help(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        say(context.get_help())
+
+
+plugins_app = typer.Typer(
+    invoke_without_command=True, callback=_help, help="List installed plugins, or show one with its options."
+)
+cache_app = typer.Typer(
+    invoke_without_command=True, callback=_help, help="List or clear the finished steps that apply keeps."
+)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -25,7 +35,7 @@ def add_to(app: typer.Typer) -> None:
 
 @plugins_app.command("list")
 def list_plugins(context: typer.Context, as_json: JsonOption = False) -> None:
-    """List what recipes can name, who offers it, and why a backend cannot run here."""
+    """List what recipes can name, and whether it can run here."""
     plugins = plugins_of(context)
     rows = []
     for offer in plugins.registered:
@@ -52,7 +62,9 @@ def show_plugin(
     as_json: JsonOption = False,
 ) -> None:
     """Say what a plugin does and which options it takes."""
+    import difflib
     import inspect
+    import json
 
     from optkit.errors import RecipeError
     from optkit.plugins import KINDS
@@ -60,8 +72,9 @@ def show_plugin(
     plugins = plugins_of(context)
     kinds = [kind for kind in KINDS if name in plugins.names(kind)]
     if not kinds:
-        known = ", ".join(sorted({offer.name for offer in plugins.registered}))
-        raise RecipeError("no plugin of that name", found=name, remedy=f"installed are: {known}")
+        near = difflib.get_close_matches(name, {offer.name for offer in plugins.registered}, n=1)
+        remedy = f"did you mean {near[0]!r}?" if near else "optkit plugins list shows all"
+        raise RecipeError("no plugin of that name", where="plugins show", found=name, remedy=remedy)
     for kind in kinds:
         target = plugins.get(kind, name)
         schema = target.model_json_schema()
@@ -69,16 +82,19 @@ def show_plugin(
             emit_json({"kind": kind, "name": name, "schema": schema})
             continue
         say(f"{kind} {name}\n\n{inspect.getdoc(target)}\n")
-        required = schema.get("required", [])
+        required, options = schema.get("required", []), schema.get("properties", {})
+        if not options:
+            say("No options.")
+            continue
         table(
             ("option", "default", "what it does"),
             [
                 (
-                    field,
-                    "required" if field in required else repr(facts.get("default")),
+                    option,
+                    "required" if option in required else json.dumps(facts.get("default")),
                     " ".join(facts.get("description", "").split()),
                 )
-                for field, facts in schema.get("properties", {}).items()
+                for option, facts in options.items()
             ],
         )
 
@@ -86,7 +102,10 @@ def show_plugin(
 def describe_machine(
     refresh: Annotated[bool, typer.Option("--refresh", help="Measure again.")] = False, as_json: JsonOption = False
 ) -> None:
-    """Say what this machine is and can do. Ceilings are measured once, in about ten seconds, and kept."""
+    """Say what this machine is and can do.
+
+    Its ceilings, memory bandwidth and matrix products, are measured once, in about ten seconds, and kept.
+    """
     from optkit import hardware
 
     machine, peaks = hardware.machine(), peaks_of_machine(refresh=refresh)
@@ -127,17 +146,20 @@ def list_cache(as_json: JsonOption = False) -> None:
 
     entries = sorted(StepCache().entries(), key=lambda entry: entry[2], reverse=True)
     if as_json:
-        emit_json([{"key": s.key, "step": s.name, "bytes": size, "last_used": used} for s, size, used in entries])
+        emit_json([{"key": s.key, "step": s.name, "bytes": count, "last_used": used} for s, count, used in entries])
+        return
+    if not entries:
+        say(f"nothing is kept in {StepCache().root}")
         return
     table(
         ("step", "size", "last used", "key"),
         [
-            (step.name, f"{size / 1e6:,.1f} MB", f"{datetime.fromtimestamp(used):%Y-%m-%d %H:%M}", step.key[:12])
-            for step, size, used in entries
+            (step.name, size(count), f"{datetime.fromtimestamp(used):%Y-%m-%d %H:%M}", step.key[:12])
+            for step, count, used in entries
         ],
         right=(1,),
     )
-    say(f"\n{sum(size for _, size, _ in entries) / 1e6:,.1f} MB in {StepCache().root}")
+    say(f"\n{size(sum(count for _, count, _ in entries))} in {StepCache().root}")
 
 
 @cache_app.command("clear")
@@ -146,7 +168,10 @@ def clear_cache(
         float, typer.Option(min=0.0, metavar="DAYS", help="Only what was not used for so long.")
     ] = 0.0,
 ) -> None:
-    """Remove finished steps. The next apply makes them again; artifacts stay as they are."""
+    """Remove finished steps; artifacts stay as they are.
+
+    The next apply makes them again.
+    """
     from optkit.apply.cache import StepCache
 
-    say(f"freed {StepCache().clear(unused_for=unused_for * 86_400) / 1e6:,.1f} MB")
+    say(f"freed {size(StepCache().clear(unused_for=unused_for * 86_400))}")

@@ -76,13 +76,13 @@ def test_what_is_no_model_is_refused_in_plain_words(folder, tmp_path):
     assert isinstance(refusal("package:optkit/../../etc"), MissingError)
 
     config = json.loads((folder / "config.json").read_text())
-    for change, words in (
-        ({"architectures": ["BertModel"]}, "no causal language model, found"),
-        ({"hidden_size": None}, "config.json is incomplete"),
+    for change, kind, words in (
+        ({"architectures": ["BertModel"]}, RecipeError, "is no causal language model, found 'BertModel'"),
+        ({"hidden_size": None}, DamagedError, "config.json is incomplete"),
     ):
         (folder / "config.json").write_text(json.dumps(config | change))
         error = refusal(folder)
-        assert isinstance(error, DamagedError)
+        assert isinstance(error, kind)
         assert words in str(error)
     (folder / "config.json").write_text("{")
     assert "not readable JSON" in str(refusal(folder))

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from optkit.backends import TokenSession
 from optkit.engine import BlockPool, Engine, Request, SamplingParams
 from optkit.errors import MachineError

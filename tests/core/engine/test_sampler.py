@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from optkit.engine import SamplingParams
 from optkit.engine.sampler import sample
 

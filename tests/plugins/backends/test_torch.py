@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+
 from optkit.engine import Engine, Request, SamplingParams
 from optkit.errors import RecipeError
 from optkit.steps import Limits, Row, StepPlan
@@ -68,7 +69,10 @@ def test_generates_what_transformers_generates(opened, session):
             output[event.request].append(event.token)
     for id, prompt in zip(ids, (A, B, C), strict=True):
         whole = opened[0].module.generate(
-            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=12, min_new_tokens=12,
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)),
+            max_new_tokens=12,
+            min_new_tokens=12,
             do_sample=False,
         )
         assert output[id] == whole[0, len(prompt) :].tolist()
@@ -100,14 +104,20 @@ def test_profile_names_every_layer(session):
 
 
 def test_a_sliding_window_that_is_too_short_is_refused(tmp_path):
-    from optkit.model import Model
     from transformers import MistralConfig, MistralForCausalLM
 
+    from optkit.model import Model
+
     config = MistralConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, sliding_window=16,
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        sliding_window=16,
     )
     save_folder(Model(MistralForCausalLM(config), None, frozenset()), tmp_path)
-    with pytest.raises(RecipeError, match="window of 16 tokens.* found 32; set max_length to 16 or less"):
+    with pytest.raises(RecipeError, match=r"window of 16 tokens.* found 32; set max_length to 16 or less"):
         Torch().open(tmp_path, tmp_path, Limits(1, 32))
     Torch().open(tmp_path, tmp_path, Limits(1, 16)).close()

@@ -15,7 +15,9 @@ def sequence(id, prompt=3, computed=0, blocks=(), max_total=10):
 
 
 def test_fills_a_batch_in_order_of_arrival():
-    plan = Static(max_batch_size=2).plan([sequence(7), sequence(8), sequence(9)], [], MemoryView(SLOTS, (0, 1, 2, 3)), 0.0)
+    plan = Static(max_batch_size=2).plan(
+        [sequence(7), sequence(8), sequence(9)], [], MemoryView(SLOTS, (0, 1, 2, 3)), 0.0
+    )
     assert plan == StepPlan((Row(7, (0, 1, 2), 0, (0,)), Row(8, (0, 1, 2), 0, (1,))))
 
 
@@ -26,7 +28,9 @@ def test_nothing_joins_a_running_batch():
 
 
 def test_takes_blocks_for_the_whole_sequence_and_no_more_sequences_than_fit():
-    plan = Static(max_batch_size=4).plan([sequence(1), sequence(2), sequence(3)], [], MemoryView(PAGES, tuple(range(8))), 0.0)
+    plan = Static(max_batch_size=4).plan(
+        [sequence(1), sequence(2), sequence(3)], [], MemoryView(PAGES, tuple(range(8))), 0.0
+    )
     assert isinstance(plan, StepPlan)
     assert [row.blocks for row in plan.rows] == [(0, 1, 2), (3, 4, 5)]
 

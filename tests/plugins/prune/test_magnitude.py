@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from optkit.transforms import TransformContext
 from optkit_prune.magnitude import Magnitude
 

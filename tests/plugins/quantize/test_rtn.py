@@ -7,11 +7,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
+
 from optkit.errors import OptkitError, RecipeError
 from optkit.quantized import QuantizedLinear, WeightScheme, dequantize
 from optkit.transforms import TransformContext
 from optkit_quantize.rtn import RTN, quantize_weight
-from pydantic import ValidationError
 
 CONTEXT = TransformContext(progress=lambda done, total, what: None)
 
@@ -151,5 +152,7 @@ def test_a_group_size_that_does_not_divide_is_refused_before_the_work(tiny_folde
     from optkit.builtin.huggingface import HuggingFace
 
     card = HuggingFace(model=str(tiny_folder)).inspect()
-    with pytest.raises(RecipeError, match=r"does not divide the \d+ input features of .*, found 48; choose 16 or 32 or 64$"):
+    with pytest.raises(
+        RecipeError, match=r"does not divide the \d+ input features of .*, found 48; choose 16 or 32 or 64$"
+    ):
         RTN(granularity="group", group_size=48).check(card)
