@@ -104,6 +104,8 @@ def _measure(
     if len(contestants) == 1:
         contestants.insert(0, baseline_of(artifact, plugins))
     settings = None if chosen is None else Benchmark(**{**artifact.manifest.recipe["benchmark"], **chosen})
+    if settings is not None:
+        _check_room(settings, artifact.manifest.recipe["evaluation"], [one for _, one in opened])
     with Steps() as steps:
         figures, lines = contest(contestants, artifact, settings, plugins, steps, with_quality=quality)
     if samples is not None:
@@ -114,6 +116,26 @@ def _measure(
     for number, (name, metrics) in enumerate(figures.items()):
         say(f"{chr(10) if number else ''}{name} beside {contestants[0].name}\n")
         show_report({"metrics": metrics})
+
+
+def _check_room(settings: Any, evaluation: dict[str, Any], artifacts: list[Any]) -> None:
+    """Refuse lengths that fit into no session, or prompts longer than the text that they are taken from."""
+    from optkit.errors import RecipeError
+
+    remedy = "lower --prompt-tokens or --output-tokens"
+    needed = settings.prompt_tokens + settings.output_tokens
+    for artifact in artifacts:
+        held = artifact.manifest.max_length
+        if needed > held:
+            raise RecipeError(
+                f"holds {held} tokens, prompt and output need {needed}", where=str(artifact.path), remedy=remedy
+            )
+    if settings.prompt_tokens > evaluation["tokens"]:
+        raise RecipeError(
+            f"the recipe's evaluation text has {evaluation['tokens']} tokens",
+            found=settings.prompt_tokens,
+            remedy=remedy,
+        )
 
 
 def _write(file: Path, lines: list[Any]) -> None:

@@ -325,6 +325,24 @@ def test_compare_measures_beside_the_first(here, ran):
     assert found["figures"]["made/four"]["size_bytes"]["ratio"]["value"] < 1
 
 
+@pytest.mark.parametrize("command", ["bench made/four", "compare made/eight made/four"])
+def test_lengths_that_do_not_fit_are_refused_before_the_work(here, optkit, command):
+    said = optkit(*command.split(), "--prompt-tokens", "90")
+    where = command.split()[1]
+    line = f"optkit: {where}: holds 96 tokens, prompt and output need 98; lower --prompt-tokens or --output-tokens\n"
+    assert (said.code, said.out, said.err) == (2, "", line)
+
+
+def test_a_baseline_that_is_gone_is_named(here, optkit):
+    Path("model").rename("elsewhere")
+    try:
+        said = optkit("eval", "made/four")
+    finally:
+        Path("elsewhere").rename("model")
+    assert (said.code, said.out) == (4, "")
+    assert said.err.startswith("optkit: model: neither a folder nor available from the hub")
+
+
 def test_samples_that_cannot_be_written_are_refused_before_the_work(here, optkit):
     said = optkit("bench", "made/eight", "--samples", "text.txt/runs.jsonl")
     assert said.code == 5
