@@ -61,7 +61,8 @@ td, th {{ padding: .3rem .6rem; border-bottom: 1px solid #8886; text-align: left
 {gates}
 </ul><h2>Kernels</h2><ul>
 {kernels}
-</ul><h2>Machine</h2><p>{escape(str(machine["cpu"]))}, {escape(str(machine["cores"]))} cores;
+</ul><h2>Machine</h2><p>measured {escape(report["measured"])} on
+{escape(str(machine["cpu"]))}, {escape(str(machine["cores"]))} cores;
 {escape(", ".join(f"{name} {version}" for name, version in machine["libraries"].items()))}</p>
 </body></html>
 """

@@ -9,6 +9,7 @@ import logging
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,9 @@ def apply(plan: Plan, plugins: Plugins, output: Path, *, progress: Progress, ove
     recipe = plan.recipe
     source = key_of(model=_identity(recipe.model), files=recipe.model.options.fingerprint())
     text = key_of(dataset=_identity(recipe.evaluation.dataset), texts=_fingerprint(recipe.evaluation.dataset.options))
-    recipe_hash = key_of(recipe=recipe.resolved(), source=source, text=text)
+    uses: list[Use[Any]] = [*recipe.transforms, recipe.backend, recipe.batching]
+    plugins_used = [_identity(use) for use in uses]
+    recipe_hash = key_of(recipe=recipe.resolved(), plugins=plugins_used, source=source, text=text)
     place = key_of(output=str(output))
     with locked(place):
         if check_output(output, recipe_hash, overwrite=overwrite):
@@ -135,7 +138,8 @@ class _Steps:
         for model in made:
             self._shop.keep(self._weights, model)
         inputs = {"model": self._key, **self._judged_by}
-        effect = self._step(f"{name}: quality", self._recipe.evaluation.dataset, self._effect, inputs)
+        judged = f"{name}: quality"
+        effect = self._step(judged, self._recipe.evaluation.dataset, partial(self._effect, judged), inputs)
         self._record(use, changed, {**effect.report, "weight_bytes": changed.report["weight_bytes"]})
 
     def finish(self) -> dict[str, Any]:
@@ -166,6 +170,7 @@ class _Steps:
             "lowering": {tag: asdict(lowered) for tag, lowered in lowering.items()},
             "steps": [record.model_dump() for record in self._records],
             "machine": asdict(self._machine),
+            "measured": speed.report["measured"],
             "samples": speed.report["samples"],
         }
 
@@ -188,15 +193,15 @@ class _Steps:
             "max_batch_size": self._plan.limits.max_batch_size,
             "max_length": self._plan.limits.max_length,
             "steps": self._records,
-            "servable_by": ["optkit", "transformers", "vllm"],
+            "servable_by": ["optkit", "transformers"],
             "machine": asdict(self._machine),
         }
 
     # --- what the steps do
 
-    def _effect(self, _: Path) -> dict[str, Any]:
+    def _effect(self, name: str, _: Path) -> dict[str, Any]:
         model = self._shop.take(self._weights, self._tags)
-        progress = partial(self._progress, f"{len(self._records) + 1} quality")
+        progress = partial(self._progress, name)
         figures = measure.quality(
             self._shop.baseline_scorer, ModelScorer(model.module), self._shop.windows, self._plugins, progress
         )
@@ -240,7 +245,8 @@ class _Steps:
             SessionArm(self._open(), recipe.batching.options, name),
         )
         speed, samples = measure.speed(arms, text, settings, self._plugins, partial(self._progress, "benchmark"))
-        return {"metrics": {**footprint[name], **speed[name]}, "samples": samples}
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        return {"metrics": {**footprint[name], **speed[name]}, "measured": now, "samples": samples}
 
     # --- what they share
 

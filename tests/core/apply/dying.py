@@ -75,7 +75,7 @@ def publishing(folder: Path, *, exchange: bool) -> dict[str, int]:
     seen = {"kills": 0, "absent": 0, "old": 0, "new": 0}
     if not exchange:
         ctypes.CDLL = lambda *_, **__: object()  # type: ignore[assignment,misc]
-    for before in (None, "old"):
+    for before in (None, "old") if exchange else ("old",):
         number, killed = 0, True
         while killed:
             number += 1

@@ -31,8 +31,9 @@ def test_publishing_killed_at_each_system_call_leaves_the_old_or_the_new(tmp_pat
 
 
 def test_publishing_without_an_atomic_exchange_puts_the_old_one_back(tmp_path):
-    ours, exchanging = dying("fallback", tmp_path / "one"), dying("publish", tmp_path / "two")
-    assert ours["absent"] > exchanging["absent"]  # it did come to that
+    seen = dying("fallback", tmp_path)
+    assert seen["absent"] > 0  # it did come to that
+    assert min(seen["old"], seen["new"]) > 5
 
 
 def test_a_step_killed_at_each_system_call_is_there_whole_or_made_again(tmp_path):
@@ -122,7 +123,7 @@ def test_three_kills_and_a_rerun(desk, watched):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_fifty_kills(desk, watched, record_property):
+def test_fifty_kills(desk, watched):
     """Rounds from an empty cache to a finished artifact; every other one replaces the artifact of the one before.
 
     In each the first kill comes at a random time of an undisturbed apply, two right after a random step began or ended,
@@ -148,12 +149,7 @@ def test_fifty_kills(desk, watched, record_property):
         open_artifact(trial.out)
         assert sorted(os.listdir(desk.folder)) == ["cache", "out", "recipe.yaml"]
         assert not os.listdir(desk.folder / "cache" / "work")
-    for name, figure in (
-        ("killed", trial.killed),
-        ("absent", trial.absent),
-        ("whole", trial.whole),
-        ("rounds", rounds),
-    ):
-        record_property(name, figure)
-    record_property("most steps redone", trial.most_redone)
-    record_property("seconds of an undisturbed apply", round(whole, 1))
+    sys.stdout.write(  # pytest -rP shows it
+        f"{trial.killed} kills in {rounds} rounds of {whole:.0f} s: output absent {trial.absent} times, whole "
+        f"{trial.whole} times; steps redone after a kill: at most {trial.most_redone}\n"
+    )

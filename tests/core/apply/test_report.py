@@ -60,6 +60,7 @@ def test_the_page_shows_the_same_escaped_and_without_references():
                 "metrics": METRICS,
                 "gates": [{"passed": True, "message": "kl & more"}, {"passed": False, "message": "size"}],
                 "lowering": {"weights:int4": {"kernel": "<kernel>", "native": False}},
+                "measured": "2026-01-01T00:00:00+00:00",
                 "machine": {"cpu": "x86 & co", "cores": 2, "libraries": {"torch": "2.13.0"}},
             }
         )
