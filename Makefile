@@ -39,7 +39,7 @@ install: .venv/.core ## make .venv and install optkit into it
 
 test: .venv/.dev ## run the tests, a few minutes
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
-	$(if $(filter test,$(MAKECMDGOALS)),@echo "Next: make check, before a commit")
+	@echo "Next: git commit, once make check passes too"
 
 test-slow: .venv/.dev ## run the tests that take minutes each
 	.venv/bin/python -m pytest -m slow $(ARGS)
