@@ -103,7 +103,10 @@ class Engine:
         return self._commit(plan, [logits[-1] if len(logits) else None for logits in result.logits])
 
     def stream(self, request: Request) -> Iterator[Event]:
-        """Add one request and yield its tokens as they come; other requests go on beside it."""
+        """Add one request and yield its tokens as they come.
+
+        For an engine with one caller: other requests go on beside it, but their events are not kept for anybody.
+        """
         identity = self.add(request)
         finished = False
         while not finished:

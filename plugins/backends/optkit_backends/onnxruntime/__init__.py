@@ -29,7 +29,7 @@ class OnnxRuntime(Backend):
 
     The graph is built from the loaded model: fused attention that writes its KV cache in place, fused norms, and one
     product for query, key and value. Integer weights keep their very integers. A quantized head that is tied to the
-    embedding is stored once. On 2 cores SmolLM2-135M decodes about 8 times as fast as transformers with int8 weights.
+    embedding is stored once. What it gains is measured in `benchmarks/quickstart.json`.
 
     Document: ContribOperators.md of ONNX Runtime 1.32 (GroupQueryAttention, MatMulNBits, GatherBlockQuantized).
     """
@@ -46,8 +46,8 @@ class OnnxRuntime(Backend):
     layer's shape need it. Small blocks lose less and run slower."""
 
     spin: bool = True
-    """Whether threads that wait for their share of a step keep their cores busy. Decoding is about 1.4 times as fast
-    that way on cores of their own, and half as fast on cores that run something else. Between steps they sleep."""
+    """Whether threads that wait for their share of a step keep their cores busy. That makes decoding
+    faster on cores of their own, and much slower on cores that run something else too."""
 
     def unavailable(self) -> str | None:
         remedy = "pip install 'optkit[onnxruntime]'"
