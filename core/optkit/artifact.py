@@ -92,6 +92,8 @@ class Manifest(BaseModel):
     tags: list[str]
     max_batch_size: int
     max_length: int
+    kv_cache_tokens: int | None = None
+    """Tokens of KV cache in all, as the recipe says; None leaves it to the memory of the machine that opens it."""
     steps: list[StepRecord]
     servable_by: list[str]
     """What can run the `weights` folder besides the artifact's own backend."""

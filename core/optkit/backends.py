@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Self
 
+import numpy as np
+import numpy.typing as npt
+
 from optkit.model import Model, ModelCard
 from optkit.options import Options
 from optkit.steps import Caps, KernelTime, Limits, StepPlan, StepResult
 
-__all__ = ["Backend", "Lowering", "TokenSession"]
+__all__ = ["Backend", "Lowering", "Session", "TensorSession", "TokenSession"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,7 @@ class Backend(Options):
         """Write what `open` needs into the empty `directory`. No pickle."""
 
     @abstractmethod
-    def open(self, runtime: Path, weights: Path, limits: Limits) -> TokenSession:
+    def open(self, runtime: Path, weights: Path, limits: Limits) -> TokenSession | TensorSession:
         """A session over what `compile` wrote into `runtime`, beside the artifact's `weights` folder.
 
         Raises:
@@ -69,21 +72,8 @@ class Backend(Options):
         """
 
 
-class TokenSession(ABC):
-    """A causal language model, one step at a time. Not thread-safe. Used as a context manager, or closed."""
-
-    caps: Caps
-
-    @abstractmethod
-    def execute(self, plan: StepPlan) -> StepResult:
-        """Run one step: append each row's new tokens to its KV cache, and give the logits that the plan asks for.
-
-        A row with `computed == 0` starts its blocks anew, whatever they held before.
-        """
-
-    @abstractmethod
-    def profile(self, plan: StepPlan) -> list[KernelTime]:
-        """Run one step and say how long each kernel took, in order of execution."""
+class Session(ABC):
+    """A compiled model, ready to run. Not thread-safe. Used as a context manager, or closed."""
 
     @abstractmethod
     def close(self) -> None:
@@ -96,3 +86,46 @@ class TokenSession(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class TokenSession(Session):
+    """A causal language model, one step at a time."""
+
+    caps: Caps
+
+    @abstractmethod
+    def execute(self, plan: StepPlan) -> StepResult:
+        """Run one step: append each row's new tokens to its KV cache, and give the logits that the plan asks for.
+
+        What a row's blocks held beyond its `computed` tokens is overwritten. A step that raised can be run again, whole
+        or in parts.
+        """
+
+    @abstractmethod
+    def read_blocks(self, blocks: Sequence[int]) -> npt.NDArray[np.generic]:
+        """Keys and values of some blocks, copied to host memory: `[blocks, ...]`, whatever layout suits the session."""
+
+    @abstractmethod
+    def write_blocks(self, blocks: Sequence[int], contents: npt.NDArray[np.generic]) -> None:
+        """Put what `read_blocks` gave into blocks, the same or others, one for each entry of `contents`."""
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy keys and values from the first block of each pair to the second; no second one is a first one."""
+        self.write_blocks([target for _, target in pairs], self.read_blocks([source for source, _ in pairs]))
+
+    @abstractmethod
+    def profile(self, plan: StepPlan) -> list[KernelTime]:
+        """Run one step and say how long each kernel took, in order of execution."""
+
+
+class TensorSession(Session):
+    """Any model that maps arrays to arrays in one call: encoders, vision."""
+
+    inputs: Mapping[str, tuple[int | None, ...]]
+    """Shape of each input; None where any size is taken. The first axis is the batch."""
+    outputs: tuple[str, ...]
+    """Names of the outputs."""
+
+    @abstractmethod
+    def run(self, inputs: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, npt.NDArray[np.generic]]:
+        """The outputs, by name, for arrays of the shapes that `inputs` says."""

@@ -3,6 +3,7 @@
 OptkitError             70  a bug, when raised as itself
 ├── GateFailed           1  the result misses a gate of the recipe
 ├── RecipeError          2  the recipe or the command line is wrong
+├── RequestError         2  a request to a model that could never be served
 ├── DamagedError         3  an artifact or an input file is damaged
 ├── MissingError         4  hardware, an extra, a plugin or a file of the model is missing
 └── MachineError         5  the machine refused: disk, memory, permissions
@@ -19,6 +20,7 @@ __all__ = [
     "MissingError",
     "OptkitError",
     "RecipeError",
+    "RequestError",
 ]
 
 
@@ -58,6 +60,12 @@ class GateFailed(OptkitError):
 
 class RecipeError(OptkitError):
     """The recipe, or the command line, asks for something that cannot be."""
+
+    exit_code = 2
+
+
+class RequestError(OptkitError):
+    """A request to a model is wrong, or could never be served."""
 
     exit_code = 2
 

@@ -11,7 +11,17 @@ import numpy.typing as npt
 
 from optkit.options import Options
 
-__all__ = ["Footprint", "FootprintMetric", "Metric", "Run", "RunMetric", "TokenMetric"]
+__all__ = [
+    "EmbeddingMetric",
+    "EncodingMetric",
+    "EncodingRun",
+    "Footprint",
+    "FootprintMetric",
+    "Metric",
+    "Run",
+    "RunMetric",
+    "TokenMetric",
+]
 
 Floats = npt.NDArray[np.float32]
 
@@ -25,6 +35,17 @@ class Run:
     """When each output token was there, increasing."""
     output: tuple[int, ...]
     """The output token ids; as many as `token_seconds`."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodingRun:
+    """One pass of an encoder over many sequences, timed from outside."""
+
+    sequences: int
+    tokens: int
+    """Of all sequences, without padding."""
+    seconds: float
+    """From handing them over until the last embedding was there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +85,37 @@ class TokenMetric(Metric):
         """The figure from the values of all positions."""
 
 
+class EmbeddingMetric(Metric):
+    """Quality of an encoder: one value per sequence, from the embeddings of the model and of the baseline."""
+
+    @abstractmethod
+    def per_sequence(self, embeddings: Floats, baseline: Floats) -> Floats:
+        """One value per sequence.
+
+        Args:
+            embeddings: `[sequences, hidden]` float32 of the model that is judged.
+            baseline: of the unoptimized model, for the same sequences. Judging the baseline itself passes it twice.
+        """
+
+    @abstractmethod
+    def aggregate(self, values: Floats) -> float:
+        """The figure from the values of all sequences."""
+
+
 class RunMetric(Metric):
     """Speed: one value per timed generation."""
 
     @abstractmethod
     def of(self, run: Run) -> float:
         """The figure of one run, positive."""
+
+
+class EncodingMetric(Metric):
+    """Speed of an encoder: one value per timed pass over all sequences."""
+
+    @abstractmethod
+    def of(self, run: EncodingRun) -> float:
+        """The figure of one pass, positive."""
 
 
 class FootprintMetric(Metric):

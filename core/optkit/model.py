@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ class ModelCard:
 
     name: str
     tags: frozenset[str]
-    """For example `task:causal-lm`, `arch:llama`, `weights:float`."""
+    """For example `task:causal-lm` or `task:feature-extraction`, `arch:llama`, `weights:float`."""
     linears: Mapping[str, tuple[int, int]]
     """`[out_features, in_features]` of every linear layer, by module path, the output head included."""
     parameters: int
@@ -31,7 +31,7 @@ class ModelCard:
     max_length: int
     """Positions that the model was trained for."""
     kv_values_per_token: int
-    """Numbers in the KV cache per token, keys and values of all layers."""
+    """Numbers in the KV cache per token, keys and values of all layers; 0 for an encoder."""
     tied_head: bool
     """Whether the output head and the input embedding are one tensor."""
 
@@ -45,6 +45,9 @@ class Model:
     tokenizer: Any
     """The transformers tokenizer, or None."""
     tags: frozenset[str]
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Small text files that belong to it and that its configuration does not hold, by path: those of
+    sentence-transformers. They stay beside its weights."""
 
     def tagged(self, *tags: str) -> Model:
         """The same model with further tags."""

@@ -113,7 +113,10 @@ class Gate(Options):
 
 
 class Benchmark(Options):
-    """How speed is measured: prompt and output lengths of a run, and how often it is repeated."""
+    """How speed is measured: prompt and output lengths of a run, and how often it is repeated.
+
+    An encoder embeds the evaluation text; it has no prompt and no output tokens.
+    """
 
     prompt_tokens: int = Field(default=128, ge=1)
     """Tokens of the prompt."""
@@ -133,7 +136,7 @@ class EvaluationKeys(Options):
     tokens: int = Field(default=4096, ge=256)
     """Tokens to evaluate; more narrow the interval."""
     context_length: int = Field(default=512, ge=32)
-    """Tokens of one window."""
+    """Tokens of one window. An encoder reads paragraphs, which are cut at this length."""
 
 
 class RecipeKeys(Options):
@@ -151,13 +154,15 @@ class RecipeKeys(Options):
     """The batching strategy: a batcher plugin."""
     max_length: int | None = Field(default=None, ge=1)
     """Tokens of one sequence, prompt and output together; by default what the model was trained for, at most 2048."""
+    kv_cache_tokens: int | None = Field(default=None, ge=1)
+    """Tokens that the KV cache holds for all sequences together; by default what they can use, or what measured free
+    memory allows, whichever is less."""
     evaluation: EvaluationKeys = EvaluationKeys()
     benchmark: Benchmark = Benchmark()
-    gates: tuple[Gate, ...] = (
-        Gate(metric="perplexity", at_most="+5%"),
-        Gate(metric="decode_tokens_per_second", at_least="-5%"),
-    )
-    """Limits that the result must keep; an empty list means none."""
+    gates: tuple[Gate, ...] | None = None
+    """Limits that the result must keep; an empty list means none. By default a causal language model keeps `perplexity`
+    within +5% and `decode_tokens_per_second` within -5%, an encoder `embedding_cosine` at 0.95 or more and
+    `sequences_per_second` within -5%."""
 
 
 @dataclass(frozen=True)
@@ -194,9 +199,11 @@ class Recipe:
     backend: Use[Backend]
     batching: Use[Batcher]
     max_length: int | None
+    kv_cache_tokens: int | None
     evaluation: Evaluation
     benchmark: Benchmark
-    gates: tuple[Gate, ...]
+    gates: tuple[Gate, ...] | None
+    """None: those of the model's task, which planning puts here."""
     document: Document = field(compare=False, repr=False)
 
     def resolved(self) -> dict[str, Any]:
@@ -208,14 +215,19 @@ class Recipe:
             "backend": self.backend.resolved(),
             "batching": self.batching.resolved(),
             "max_length": self.max_length,
+            "kv_cache_tokens": self.kv_cache_tokens,
             "evaluation": {
                 "dataset": self.evaluation.dataset.resolved(),
                 "tokens": self.evaluation.tokens,
                 "context_length": self.evaluation.context_length,
             },
             "benchmark": self.benchmark.model_dump(mode="json"),
-            "gates": [gate.model_dump(mode="json", exclude_none=True) for gate in self.gates],
+            "gates": None if self.gates is None else [_written(gate) for gate in self.gates],
         }
+
+
+def _written(gate: Gate) -> dict[str, Any]:
+    return gate.model_dump(mode="json", exclude_none=True)
 
 
 def load_recipe(path: Path, plugins: Plugins) -> Recipe:
@@ -241,6 +253,7 @@ def bind_recipe(document: Document, plugins: Plugins) -> Recipe:
         backend=_use("backend", keys.backend, document, plugins, "backend"),
         batching=_use("batcher", keys.batching, document, plugins, "batching"),
         max_length=keys.max_length,
+        kv_cache_tokens=keys.kv_cache_tokens,
         evaluation=Evaluation(
             _use("dataset", keys.evaluation.dataset, document, plugins, "evaluation", "dataset"),
             keys.evaluation.tokens,
@@ -250,7 +263,7 @@ def bind_recipe(document: Document, plugins: Plugins) -> Recipe:
         gates=keys.gates,
         document=document,
     )
-    _check_gates(recipe.gates, document, plugins)
+    _check_gates(recipe.gates or (), document, plugins)
     return recipe
 
 

@@ -8,7 +8,7 @@ slotted KV caches.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,28 +24,33 @@ class Limits:
     """Sequences that are alive at once."""
     max_length: int
     """Tokens of one sequence, prompt and output together."""
+    kv_cache_tokens: int | None = None
+    """Tokens that the KV cache holds in all. None: as many as `max_batch_size` sequences of `max_length` can use, or
+    as measured free memory allows, whichever is less."""
 
 
 @dataclass(frozen=True, slots=True)
 class Caps:
     """What a session can do. A batcher plans within it."""
 
-    kv: Literal["paged", "slot"]
-    """`slot`: each sequence owns one block of `block_size` tokens, its maximum length."""
+    kv: Literal["paged", "slot", "none"]
+    """`slot`: each sequence owns one block of `block_size` tokens, its maximum length. `none`: a model of one step,
+    such as an encoder, which keeps nothing between steps."""
     block_size: int
-    """Tokens in one block."""
+    """Tokens in one block; 0 for `none`."""
     blocks: int
-    """Blocks in all."""
+    """Blocks in all; 0 for `none`."""
     max_batch_size: int
     """Rows in one step."""
     mixed: bool
     """Whether one step may mix rows with many new tokens and rows with one."""
     vocab_size: int
+    max_length: int
+    """Tokens of one sequence, prompt and output together."""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One sequence's share of a step."""
+class Row(NamedTuple):
+    """One sequence's share of a step. Rows, like shares and events, are made by the thousand: tuples cost least."""
 
     sequence: int
     """Identifies the sequence between steps."""
@@ -54,9 +59,17 @@ class Row:
     computed: int
     """Tokens of the sequence that are in its KV cache already; the new ones get the positions from here on."""
     blocks: tuple[int, ...]
-    """The blocks that hold the sequence's KV, in order; they cover `computed + len(tokens)` tokens."""
+    """The blocks that hold the sequence's KV, in order; they cover `computed + len(tokens)` tokens, or more."""
     logits: Literal["none", "last", "all"] = "last"
     """Which new positions need logits: none (a chunk that does not end the prompt), the last, or all (scoring)."""
+    padding: int = 0
+    """So many of `tokens`, at their end, are filler: computed, never asked for, and overwritten by what comes next."""
+
+    @property
+    def wanted(self) -> range:
+        """Places in `tokens` whose logits are needed."""
+        real = len(self.tokens) - self.padding
+        return range({"none": real, "last": real - 1, "all": 0}[self.logits], real)
 
 
 @dataclass(frozen=True, slots=True)

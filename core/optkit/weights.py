@@ -1,13 +1,15 @@
 """The `weights/` folder: a standard Hugging Face folder, integer weights in compressed-tensors' pack-quantized format.
 
-transformers loads it as it is. Format: `PackedQuantizationCompressor` of compressed-tensors 0.20.
+transformers loads it as it is, and sentence-transformers that of a sentence encoder. Format:
+`PackedQuantizationCompressor` of compressed-tensors 0.20.
 """
 
 from __future__ import annotations
 
 import json
 from collections import defaultdict
-from pathlib import Path
+from collections.abc import Mapping
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from optkit.errors import DamagedError, MissingError
@@ -18,12 +20,70 @@ if TYPE_CHECKING:
 
     from optkit.quantized import QuantizedLinear, WeightScheme
 
-__all__ = ["causal_lm_tags", "load_folder", "quiet_transformers", "save_folder"]
+__all__ = [
+    "CAUSAL_LM",
+    "FEATURE_EXTRACTION",
+    "causal_lm_tags",
+    "holds_encoder",
+    "is_encoder",
+    "load_folder",
+    "quiet_transformers",
+    "save_folder",
+    "sentence_files",
+]
+
+CAUSAL_LM, FEATURE_EXTRACTION = "task:causal-lm", "task:feature-extraction"
+"""Tasks, by the names of Hugging Face's pipelines; an encoder without a head extracts features."""
+_SENTENCE_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 
 
 def causal_lm_tags(config: Any) -> frozenset[str]:
     """The tags of an untouched causal language model with this transformers configuration."""
-    return frozenset({"task:causal-lm", f"arch:{config.model_type}", "weights:float"})
+    return frozenset({CAUSAL_LM, f"arch:{config.model_type}", "weights:float"})
+
+
+def is_encoder(config: Mapping[str, Any]) -> bool:
+    """Whether the contents of a `config.json` are those of an encoder without a head, such as `BertModel`."""
+    architectures = config.get("architectures") or [""]
+    name = str(architectures[0])
+    # GPT2LMHeadModel and its like have a head all the same.
+    headed = name.endswith(("HeadModel", "HeadsModel"))
+    return name.endswith("Model") and not headed and not config.get("is_encoder_decoder")
+
+
+def holds_encoder(directory: Path) -> bool:
+    """The same for the model in a folder.
+
+    Raises:
+        DamagedError: its `config.json` cannot be read.
+    """
+    try:
+        return is_encoder(json.loads((directory / "config.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, AttributeError, TypeError, LookupError) as error:
+        raise DamagedError(f"not readable JSON ({error})", where=str(directory / "config.json")) from error
+
+
+def sentence_files(folder: Path) -> dict[str, str]:
+    """The text files of sentence-transformers in a folder, by path; empty where its model is not from there.
+
+    Raises:
+        DamagedError: one cannot be read, or `modules.json` names what lies outside the folder.
+    """
+    names = [name for name in _SENTENCE_FILES if (folder / name).is_file()]
+    try:
+        if "modules.json" in names:
+            modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+            paths = [PurePosixPath(module["path"]) for module in modules if module.get("path")]
+            outside = [path for path in paths if path.is_absolute() or ".." in path.parts]
+            if outside:
+                raise ValueError(f"{outside[0]} lies outside the folder")
+            configs = [str(path / "config.json") for path in paths]
+            names += [name for name in configs if (folder / name).is_file()]
+        return {name: (folder / name).read_text(encoding="utf-8") for name in names}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedError(
+            f"the files of sentence-transformers cannot be read ({error})", where=str(folder), remedy="get them again"
+        ) from error
 
 
 def quiet_transformers() -> None:
@@ -55,12 +115,15 @@ def save_folder(model: Model, directory: Path) -> None:
     module.config.save_pretrained(directory)
     if quantized:
         config = json.loads((directory / "config.json").read_text())
-        config["quantization_config"] = _quantization_config(module, quantized)
+        config["quantization_config"] = _quantization_config(module, quantized, at_load=bool(model.files))
         (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     if getattr(module, "generation_config", None) is not None:
         module.generation_config.save_pretrained(directory)
     if model.tokenizer is not None:
         model.tokenizer.save_pretrained(directory)
+    for name, text in model.files.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text(text, encoding="utf-8")
 
 
 def load_folder(directory: Path, *, tags: frozenset[str] | None = None) -> Model:
@@ -86,29 +149,38 @@ def load_folder(directory: Path, *, tags: frozenset[str] | None = None) -> Model
     try:
         config = transformers.AutoConfig.from_pretrained(directory)
         module = (
-            _load_quantized(directory, config) if hasattr(config, "quantization_config") else _load_float(directory)
+            _load_quantized(directory, config)
+            if hasattr(config, "quantization_config")
+            else _load_float(directory, config)
         )
         files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
         has_tokenizer = any((directory / name).is_file() for name in files)
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory) if has_tokenizer else None
     except (ValueError, KeyError, RuntimeError, OSError, TypeError, SafetensorError) as error:
         raise DamagedError(f"cannot be loaded: {error}", where=str(directory)) from error
-    return Model(
-        module.eval().requires_grad_(False), tokenizer, causal_lm_tags(module.config) if tags is None else tags
-    )
+    encoder = is_encoder(config.to_dict())
+    beside = sentence_files(directory) if encoder else {}
+    if tags is None:
+        tags = causal_lm_tags(module.config)
+        tags = tags - {CAUSAL_LM} | {FEATURE_EXTRACTION} if encoder else tags
+    return Model(module.eval().requires_grad_(False), tokenizer, tags, beside)
 
 
-def _load_float(directory: Path) -> Any:
+def _auto_class(config: Any) -> Any:
+    import transformers
+
+    return transformers.AutoModel if is_encoder(config.to_dict()) else transformers.AutoModelForCausalLM
+
+
+def _load_float(directory: Path, config: Any) -> Any:
     import torch
-    from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    return _auto_class(config).from_pretrained(directory, dtype=torch.float32)
 
 
 def _load_quantized(directory: Path, config: Any) -> Any:
     import torch
     from compressed_tensors.quantization import QuantizationConfig
-    from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
     from optkit.quantized import replace_module
@@ -119,7 +191,7 @@ def _load_quantized(directory: Path, config: Any) -> Any:
         raise ValueError(f"weights are stored as {stored.format}, optkit reads pack-quantized")
     del config.quantization_config
     with no_init_weights():
-        module: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        module: Any = _auto_class(config).from_config(config, dtype=torch.float32)
     state = _read_state(directory)
     for name in sorted(key.removesuffix(".weight_packed") for key in state if key.endswith(".weight_packed")):
         replace_module(module, name, _unpacked(name, state, _scheme_of(name, stored)))
@@ -178,7 +250,7 @@ def _unpacked(name: str, state: dict[str, Tensor], scheme: WeightScheme) -> Quan
     return layer
 
 
-def _quantization_config(module: nn.Module, quantized: dict[str, QuantizedLinear]) -> dict[str, Any]:
+def _quantization_config(module: nn.Module, quantized: dict[str, QuantizedLinear], *, at_load: bool) -> dict[str, Any]:
     import torch
     from compressed_tensors.quantization import (
         QuantizationArgs,
@@ -210,9 +282,10 @@ def _quantization_config(module: nn.Module, quantized: dict[str, QuantizedLinear
         ignore=[name for name, layer in module.named_modules() if isinstance(layer, torch.nn.Linear)],
     )
     stored = dict(config.model_dump(mode="json"))
-    if not all(layer.scheme.symmetric for layer in quantized.values()):
+    if at_load or not all(layer.scheme.symmetric for layer in quantized.values()):
         # transformers 5.23 finds packed zero points only on the way that dequantizes at load (its quantizer otherwise
-        # prepares parameters of their unpacked shape). Others ignore the key.
+        # prepares parameters of their unpacked shape), and sentence-transformers 6.2 calls `forward` past the hook that
+        # would dequantize later. Others ignore the key.
         stored["dequantize"] = True
     return stored
 

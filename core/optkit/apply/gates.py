@@ -27,6 +27,7 @@ def check_gates(
     figures: Mapping[str, Mapping[str, Any]],
     lowering: Mapping[str, Lowering],
     parity: Mapping[str, float],
+    output: str = "logits",
 ) -> list[GateResult]:
     """Judge a result.
 
@@ -35,19 +36,20 @@ def check_gates(
         figures: by metric, with `baseline`, `value`, `ratio` where there is one, and `withheld`: the reason where a
             figure cannot be trusted.
         lowering: which kernel ran each weight format, for the message.
-        parity: `distance` of the runtime's logits from the transformed model's and the `tolerance` of its kernels.
+        parity: `distance` of the runtime's output from the transformed model's and the `tolerance` of its kernels.
+        output: what the model gives.
 
     Returns:
         Parity first, then the gates in the recipe's order.
     """
     kernels = ", ".join(f"{tag} ran as {lowered.kernel}" for tag, lowered in sorted(lowering.items()))
-    return [_parity(parity, kernels), *(_judge(gate, figures.get(gate.metric), kernels) for gate in gates)]
+    return [_parity(parity, output, kernels), *(_judge(gate, figures.get(gate.metric), kernels) for gate in gates)]
 
 
-def _parity(parity: Mapping[str, float], kernels: str) -> GateResult:
+def _parity(parity: Mapping[str, float], output: str, kernels: str) -> GateResult:
     distance, tolerance = parity["distance"], parity["tolerance"]
     message = (
-        f"parity: logits are {distance:.2g} away from the transformed model's, {tolerance:.2g} is allowed ({kernels})"
+        f"parity: {output} are {distance:.2g} away from the transformed model's, {tolerance:.2g} is allowed ({kernels})"
     )
     return GateResult("parity", distance <= tolerance, message)
 

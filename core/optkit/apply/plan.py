@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from optkit import hardware
 from optkit.backends import Backend, Lowering
 from optkit.errors import DamagedError, MachineError, MissingError, OptkitError, RecipeError
 from optkit.locations import cache_root
-from optkit.measure import measurable
+from optkit.measure import Task, measurable, task_of
+from optkit.metrics import FootprintMetric
 from optkit.model import ModelCard
 from optkit.plugins import Plugins
 from optkit.recipe import Recipe
@@ -23,8 +25,6 @@ __all__ = ["Estimate", "Plan", "PlannedStep", "check_output", "check_room", "mak
 _FLOAT = 4
 # Of what the GEMM probe reaches: a whole model also normalizes, attends and dispatches.
 _EFFICIENCY = 0.5
-# Python and dispatch per layer and token of an eager transformers model, in seconds.
-_EAGER_LAYER_SECONDS = 1.5e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,11 +54,17 @@ class Plan:
     """A recipe that was checked against its model, its plugins and this machine."""
 
     recipe: Recipe
+    """With the gates of the model's task, where it set none."""
     card: ModelCard
     steps: tuple[PlannedStep, ...]
     lowering: dict[str, Lowering]
     limits: Limits
     estimate: Estimate
+
+    @property
+    def task(self) -> Task[Any, Any]:
+        """What measuring means for this model."""
+        return task_of(self.card.tags)
 
     @property
     def tags(self) -> frozenset[str]:
@@ -78,12 +84,16 @@ def make_plan(recipe: Recipe, plugins: Plugins) -> Plan:
     """
     _check_gates(recipe, plugins)
     card = _inspect(recipe)
+    task = task_of(card.tags)
+    if recipe.gates is None:
+        recipe = replace(recipe, gates=task.gates)
+    _check_task(recipe, task, plugins)
     steps = _fold(recipe, card)
     tags = steps[-1].tags if steps else card.tags
     lowering = _lower(recipe, tags)
-    limits = _limits(recipe, card)
-    _check_text(recipe)
-    estimate = _estimate(recipe, card, limits)
+    limits = _limits(recipe, card, task)
+    _check_text(recipe, task)
+    estimate = _estimate(recipe, card, limits, task)
     _preflight(estimate)
     return Plan(recipe, card, steps, lowering, limits, estimate)
 
@@ -102,7 +112,7 @@ def _placed(error: OptkitError, recipe: Recipe, *keys: str | int) -> OptkitError
 
 
 def _check_gates(recipe: Recipe, plugins: Plugins) -> None:
-    for index, gate in enumerate(recipe.gates):
+    for index, gate in enumerate(recipe.gates or ()):
         metric = plugins.get("metric", gate.metric, where=recipe.document.where("gates", index, "metric"))
         if not measurable(metric):
             raise recipe.document.error(
@@ -118,6 +128,32 @@ def _check_gates(recipe: Recipe, plugins: Plugins) -> None:
                 index,
                 remedy="give a plain number as the limit",
             )
+
+
+def _check_task(recipe: Recipe, task: Task[Any, Any], plugins: Plugins) -> None:
+    """Refuse what means nothing for this kind of model."""
+    for index, gate in enumerate(recipe.gates or ()):
+        if not issubclass(
+            plugins.get("metric", gate.metric), (task.quality_metric, task.speed_metric, FootprintMetric)
+        ):
+            usual = " or ".join(usual.metric for usual in task.gates)
+            raise recipe.document.error(
+                f"{gate.metric} is no metric of this model's task ({task.noun})",
+                "gates",
+                index,
+                remedy=f"gate on {usual}",
+            )
+    if task.generates:
+        return
+    for key in ("prompt_tokens", "output_tokens"):
+        given = getattr(recipe.benchmark, key)
+        # A resolved recipe has every default written out.
+        if given != type(recipe.benchmark).model_fields[key].default:
+            what = f"means nothing for this model's task ({task.noun})"
+            raise recipe.document.error(what, "benchmark", key, found=given, remedy="remove it")
+    if recipe.kv_cache_tokens is not None:
+        what = f"means nothing for this model's task ({task.noun})"
+        raise recipe.document.error(what, "kv_cache_tokens", found=recipe.kv_cache_tokens, remedy="remove it")
 
 
 def _fold(recipe: Recipe, card: ModelCard) -> tuple[PlannedStep, ...]:
@@ -171,8 +207,8 @@ def _lower(recipe: Recipe, tags: frozenset[str]) -> dict[str, Lowering]:
     return lowering
 
 
-def _limits(recipe: Recipe, card: ModelCard) -> Limits:
-    needed = max(recipe.benchmark.prompt_tokens + recipe.benchmark.output_tokens, recipe.evaluation.context_length)
+def _limits(recipe: Recipe, card: ModelCard, task: Task[Any, Any]) -> Limits:
+    needed = task.positions(recipe)
     length = recipe.max_length or min(card.max_length, max(2048, needed))
     if length > card.max_length:
         raise recipe.document.error(
@@ -193,15 +229,21 @@ def _limits(recipe: Recipe, card: ModelCard) -> Limits:
             found=length,
             remedy="raise max_length, or lower evaluation.context_length and benchmark's tokens",
         )
-    return Limits(recipe.batching.options.max_sequences, length)
+    if recipe.kv_cache_tokens is not None and recipe.kv_cache_tokens < length:
+        raise recipe.document.error(
+            f"one sequence takes up to {length} tokens",
+            "kv_cache_tokens",
+            found=recipe.kv_cache_tokens,
+            remedy="raise it, or lower max_length",
+        )
+    return Limits(recipe.batching.options.max_sequences, length, recipe.kv_cache_tokens)
 
 
-def _check_text(recipe: Recipe) -> None:
+def _check_text(recipe: Recipe, task: Task[Any, Any]) -> None:
     """Refuse what is certain to be too little text. No tokenizer is asked: it makes at most a token of a byte."""
     evaluation, prompt = recipe.evaluation, recipe.benchmark.prompt_tokens
-    window = min(evaluation.context_length, evaluation.tokens)
-    needed = evaluation.tokens // window * window
-    if prompt > needed:
+    needed = task.tokens(evaluation)
+    if task.generates and prompt > needed:
         raise recipe.document.error(
             f"the evaluation text, which prompts are taken from, has {needed} tokens",
             "benchmark",
@@ -211,7 +253,7 @@ def _check_text(recipe: Recipe) -> None:
         )
     there = 0
     try:
-        for text in evaluation.dataset.options.texts():
+        for text in task.pieces(evaluation.dataset.options):
             there += len(text.encode()) + 2
             if there >= needed:
                 return
@@ -226,32 +268,26 @@ def _check_text(recipe: Recipe) -> None:
     )
 
 
-def _estimate(recipe: Recipe, card: ModelCard, limits: Limits) -> Estimate:
+def _estimate(recipe: Recipe, card: ModelCard, limits: Limits, task: Task[Any, Any]) -> Estimate:
     floats = card.parameters * _FLOAT
     stored = floats
     for use in recipe.transforms:
         bits = use.options.bits_per_weight(card)
         stored = stored if bits is None else round(card.parameters * bits / 8)
-    cache = limits.max_batch_size * limits.max_length * card.kv_values_per_token * _FLOAT
-    window = recipe.evaluation.context_length * card.vocab_size * _FLOAT
-    # The baseline stays loaded beside the model that is worked on; logits of a window exist three times in a metric.
-    memory = 2 * floats + 3 * window + cache + recipe.backend.options.runtime_bytes(card, stored)
-    recorded = recipe.evaluation.tokens * card.vocab_size * _FLOAT
-    disk = recorded + (len(recipe.transforms) + 1) * stored + 2 * (stored + stored)
-    return Estimate(memory, disk, stored, _seconds(recipe, card, disk))
+    token_seconds = _token_seconds(card)
+    measuring = task.demand(recipe, card, limits, token_seconds)
+    # The baseline stays loaded beside the model that is worked on.
+    memory = 2 * floats + measuring.memory_bytes + recipe.backend.options.runtime_bytes(card, stored)
+    disk = measuring.disk_bytes + (len(recipe.transforms) + 1) * stored + 2 * (stored + stored)
+    evaluation = (2 + len(recipe.transforms)) * recipe.evaluation.tokens * token_seconds
+    seconds = 20 + evaluation + measuring.benchmark_seconds + disk / 0.5e9
+    return Estimate(memory, disk, stored, seconds)
 
 
-def _seconds(recipe: Recipe, card: ModelCard, disk: int) -> float:
+def _token_seconds(card: ModelCard) -> float:
     measured = hardware.peaks()
     gflops = measured.fp32_gflops if measured is not None and measured.fp32_gflops else hardware.quick_gflops()
-    per_token = 2 * card.parameters / (gflops * 1e9 * _EFFICIENCY)
-    passes = 2 + sum(1 for _ in recipe.transforms)
-    evaluation = passes * recipe.evaluation.tokens * per_token
-    decode = card.parameters * _FLOAT / 10e9 + card.layers * _EAGER_LAYER_SECONDS
-    generation = recipe.benchmark.prompt_tokens * per_token + recipe.benchmark.output_tokens * decode
-    # Two runs a block for the baseline, and about half as long again for both arms of the optimized model.
-    benchmark = 3 * recipe.benchmark.blocks * generation
-    return 20 + evaluation + benchmark + disk / 0.5e9
+    return 2 * card.parameters / (gflops * 1e9 * _EFFICIENCY)
 
 
 def _preflight(estimate: Estimate) -> None:

@@ -21,14 +21,14 @@ from optkit.apply.plan import Plan, check_output, check_room
 from optkit.apply.report import render_html
 from optkit.apply.workshop import Workshop
 from optkit.artifact import Artifact, StepRecord, open_artifact, publish, staging, writing
-from optkit.backends import TokenSession
-from optkit.bench import Files, Opening, SessionArm, TransformersArm
+from optkit.backends import TensorSession, TokenSession
+from optkit.bench import Opening, arm_of_model, arm_of_session
 from optkit.datasets import Dataset
 from optkit.errors import GateFailed
-from optkit.evaluate import ModelScorer, SessionScorer, parity
 from optkit.measure import Contestant
-from optkit.metrics import FootprintMetric, Metric, RunMetric, TokenMetric
+from optkit.metrics import FootprintMetric, Metric
 from optkit.model import Model
+from optkit.opening import Files
 from optkit.plugins import Plugins
 from optkit.recipe import Use
 from optkit.transforms import TransformContext
@@ -38,8 +38,6 @@ __all__ = ["Outcome", "Progress", "apply"]
 
 Progress = Callable[[str, int, int, str], None]
 """`progress(step, done, total, what)`, called at least once a second in long work."""
-
-_PARITY_WINDOWS, _PARITY_TOKENS = 2, 128
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +81,7 @@ def apply(plan: Plan, plugins: Plugins, output: Path, *, progress: Progress, ove
         check_room(output, plan.estimate)
         sweep()
         with staging(output) as staged, workplace(place) as scratch:
-            steps = _Steps(plan, plugins, Workshop(recipe, scratch), source, text, progress)
+            steps = _Steps(plan, plugins, Workshop(plan, scratch), source, text, progress)
             for index in range(len(recipe.transforms)):
                 steps.transform(index)
             report = steps.finish()
@@ -106,13 +104,13 @@ class _Steps:
     ) -> None:
         self.done: list[CachedStep] = []
         self._plan, self._plugins, self._shop, self._progress = plan, plugins, shop, progress
-        self._recipe, self._resolved = plan.recipe, plan.recipe.resolved()
+        self._recipe, self._resolved, self._task = plan.recipe, plan.recipe.resolved(), plan.task
         self._source = self._key = source
         self._judged_by = {
             "source": source,
             "text": text,
-            "evaluation": self._resolved["evaluation"],
-            "metrics": self._metrics(TokenMetric),
+            "evaluation": {**self._resolved["evaluation"], "context_length": shop.longest},
+            "metrics": self._metrics(self._task.quality_metric),
         }
         self._machine = hardware.machine()
         self._cache = StepCache()
@@ -158,15 +156,16 @@ class _Steps:
         inputs = {"compiled": compiled.key, "limits": asdict(self._plan.limits), **self._judged_by}
         quality = self._step("quality", recipe.evaluation.dataset, self._quality, inputs)
         inputs |= {"benchmark": self._resolved["benchmark"], "machine": self._machine.fingerprint()}
-        inputs["metrics"] = self._metrics(RunMetric, FootprintMetric)
+        inputs["metrics"] = self._metrics(self._task.speed_metric, FootprintMetric)
         speed = self._step("benchmark", recipe.batching, self._speed, inputs)
         figures = {**speed.report["metrics"], **quality.report["metrics"]}
         parity, lowering = quality.report["parity"], self._plan.lowering
+        gates = check_gates(recipe.gates or (), figures, lowering, parity, self._task.output)
         return {
             "name": recipe.name,
             "metrics": figures,
             "parity": parity,
-            "gates": [asdict(gate) for gate in check_gates(recipe.gates, figures, lowering, parity)],
+            "gates": [asdict(gate) for gate in gates],
             "lowering": {tag: asdict(lowered) for tag, lowered in lowering.items()},
             "steps": [record.model_dump() for record in self._records],
             "machine": asdict(self._machine),
@@ -185,6 +184,7 @@ class _Steps:
 
     def facts(self, recipe_hash: str) -> dict[str, Any]:
         """The fields of the manifest."""
+        pipeline = (self._files.weights / "modules.json").is_file()
         return {
             "name": self._recipe.name,
             "recipe": self._resolved,
@@ -192,8 +192,9 @@ class _Steps:
             "tags": sorted(self._tags),
             "max_batch_size": self._plan.limits.max_batch_size,
             "max_length": self._plan.limits.max_length,
+            "kv_cache_tokens": self._plan.limits.kv_cache_tokens,
             "steps": self._records,
-            "servable_by": ["optkit", "transformers"],
+            "servable_by": ["optkit", "transformers", *(["sentence-transformers"] if pipeline else [])],
             "machine": asdict(self._machine),
         }
 
@@ -201,9 +202,9 @@ class _Steps:
 
     def _effect(self, name: str, _: Path) -> dict[str, Any]:
         model = self._shop.take(self._weights, self._tags)
-        progress = partial(self._progress, name)
+        progress, candidate = partial(self._progress, name), self._task.scorer(model)
         figures = measure.quality(
-            self._shop.baseline_scorer, ModelScorer(model.module), self._shop.windows, self._plugins, progress
+            self._task, self._shop.baseline_scorer, candidate, self._shop.text, self._plugins, progress
         )
         self._keep(model)
         return {"metrics": figures}
@@ -222,38 +223,38 @@ class _Steps:
         model = self._shop.take(self._weights, self._tags)
         tolerance = max(lowered.tolerance for lowered in self._plan.lowering.values())
         with self._open() as session:
-            candidate = SessionScorer(session)
-            few = [window[:_PARITY_TOKENS] for window in self._shop.windows[:_PARITY_WINDOWS]]
-            distance = parity(ModelScorer(model.module), candidate, few)
+            candidate, text = self._task.scorer_of_session(session, self._files.weights), self._shop.text
+            distance = self._task.parity(self._task.scorer(model), candidate, text)
             del model  # before the evaluation: nobody needs it any more
             progress = partial(self._progress, "quality")
-            baseline, text = self._shop.baseline_scorer, self._shop.windows
-            figures = measure.quality(baseline, candidate, text, self._plugins, progress)
+            baseline = self._shop.baseline_scorer
+            figures = measure.quality(self._task, baseline, candidate, text, self._plugins, progress)
         return {"metrics": figures, "parity": {"distance": distance, "tolerance": tolerance}}
 
     def _speed(self, _: Path) -> dict[str, Any]:
-        recipe, text, settings = self._recipe, self._shop.windows, self._recipe.benchmark
+        recipe, text, settings = self._recipe, self._shop.text, self._recipe.benchmark
         card, files, name = self._plan.card, self._files, measure.OPTIMIZED
         size = measure.folder_bytes(files.runtime) or measure.folder_bytes(files.weights)
         contestants = (
             Contestant(measure.BASELINE, Opening(self._resolved, None), card.parameters * card.bytes_per_parameter),
             Contestant(name, Opening(self._resolved, files), size),
         )
-        footprint = measure.footprints(contestants, text, settings, self._plugins, partial(self._progress, "memory"))
+        told = partial(self._progress, "memory")
+        footprint = measure.footprints(self._task, contestants, text, settings, self._plugins, told)
         arms = (
-            TransformersArm(self._shop.baseline, measure.BASELINE),
-            SessionArm(self._open(), recipe.batching.options, name),
+            arm_of_model(self._shop.baseline, measure.BASELINE),
+            arm_of_session(self._open(), recipe.batching.options, files, name),
         )
-        speed, samples = measure.speed(arms, text, settings, self._plugins, partial(self._progress, "benchmark"))
+        told = partial(self._progress, "benchmark")
+        speed, samples = measure.speed(self._task, arms, text, settings, self._plugins, told)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         return {"metrics": {**footprint[name], **speed[name]}, "measured": now, "samples": samples}
 
     # --- what they share
 
-    def _open(self) -> TokenSession:
+    def _open(self) -> TokenSession | TensorSession:
         files = self._files
-        session: TokenSession = self._recipe.backend.options.open(files.runtime, files.weights, files.limits)
-        return session
+        return self._recipe.backend.options.open(files.runtime, files.weights, files.limits)
 
     def _keep(self, model: Model) -> None:
         assert self._weights is not None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from optkit.evaluate import ModelScorer, Recorded, Scorer, windows
+from optkit.apply.plan import Plan
 from optkit.model import Model
-from optkit.recipe import Recipe
 from optkit.weights import load_folder
 
 __all__ = ["Workshop"]
@@ -16,17 +16,19 @@ class Workshop:
     """Holds the baseline and the model that is worked on. A step that the cache answers needs neither.
 
     Args:
-        recipe: says where the baseline and the text come from.
-        scratch: an empty directory for this run alone; the baseline's logits are kept there.
+        plan: says where the baseline and the text come from.
+        scratch: an empty directory for this run alone; the baseline's answers are kept there.
     """
 
-    def __init__(self, recipe: Recipe, scratch: Path) -> None:
-        self._recipe = recipe
+    def __init__(self, plan: Plan, scratch: Path) -> None:
+        self._recipe, self._task = plan.recipe, plan.task
+        self.longest = min(plan.recipe.evaluation.context_length, plan.limits.max_length)
+        """Tokens of one piece of the text at most."""
         self._scratch = scratch
         self._baseline: Model | None = None
         self._model: tuple[Path | None, Model] | None = None
-        self._windows: list[tuple[int, ...]] | None = None
-        self._scorer: Scorer | None = None
+        self._text: list[tuple[int, ...]] | None = None
+        self._scorer: Any = None
 
     @property
     def baseline(self) -> Model:
@@ -36,20 +38,20 @@ class Workshop:
         return self._baseline
 
     @property
-    def baseline_scorer(self) -> Scorer:
-        """The baseline's logits, computed once and then read from disk."""
+    def baseline_scorer(self) -> Any:
+        """What answers for the baseline: computed once and then remembered."""
         if self._scorer is None:
-            self._scorer = Recorded(ModelScorer(self.baseline.module), self._scratch)
+            self._scorer = self._task.recorded(self._task.scorer(self.baseline), self._scratch)
         return self._scorer
 
     @property
-    def windows(self) -> list[tuple[int, ...]]:
+    def text(self) -> list[tuple[int, ...]]:
         """The evaluation text in token ids."""
-        if self._windows is None:
-            settings = self._recipe.evaluation
+        if self._text is None:
+            model, settings = self.baseline, self._recipe.evaluation
             dataset = settings.dataset.options
-            self._windows = windows(self.baseline.tokenizer, dataset, settings.tokens, settings.context_length)
-        return self._windows
+            self._text = self._task.text(model.tokenizer, model.files, dataset, settings.tokens, self.longest)
+        return self._text
 
     def take(self, weights: Path | None, tags: frozenset[str]) -> Model:
         """The model of a weights folder, or a fresh baseline for None, to be changed in place by the caller."""

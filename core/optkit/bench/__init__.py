@@ -2,34 +2,51 @@
 
 from optkit.bench.arms import SessionArm, TransformersArm
 from optkit.bench.comparison import Comparison, Withheld, compare, compare_footprints
+from optkit.bench.encoding import SessionEncodingArm, TransformersEncodingArm
 from optkit.bench.explaining import ExplainedRow, Explanation, explain
-from optkit.bench.interleave import Arm, Sample, Samples, Workload, measure
+from optkit.bench.interleave import (
+    Arm,
+    EncodingArm,
+    EncodingWorkload,
+    GenerationArm,
+    Sample,
+    Samples,
+    Workload,
+    measure,
+    measure_encoding,
+)
 from optkit.bench.memory import peak_memory
-from optkit.bench.opening import Files, Opening, open_arm, open_session, opening_of
+from optkit.bench.opening import Opening, arm_of_model, arm_of_session, open_arm, opening_of
 from optkit.bench.statistics import Estimate, Verdict, median_ratio, verdict
 
 __all__ = [
     "Arm",
     "Comparison",
+    "EncodingArm",
+    "EncodingWorkload",
     "Estimate",
     "ExplainedRow",
     "Explanation",
-    "Files",
+    "GenerationArm",
     "Opening",
     "Sample",
     "Samples",
     "SessionArm",
+    "SessionEncodingArm",
     "TransformersArm",
+    "TransformersEncodingArm",
     "Verdict",
     "Withheld",
     "Workload",
+    "arm_of_model",
+    "arm_of_session",
     "compare",
     "compare_footprints",
     "explain",
     "measure",
+    "measure_encoding",
     "median_ratio",
     "open_arm",
-    "open_session",
     "opening_of",
     "peak_memory",
     "verdict",

@@ -11,15 +11,16 @@ from typing import Any
 from optkit import hardware
 from optkit.backends import TokenSession
 from optkit.batching import Batcher
-from optkit.bench.interleave import Arm
+from optkit.bench.interleave import GenerationArm
 from optkit.engine import Engine, Request, SamplingParams
+from optkit.errors import MachineError
 from optkit.metrics import Run
 from optkit.model import Model
 
-__all__ = ["SessionArm", "TransformersArm"]
+__all__ = ["SessionArm", "TransformersArm", "all_cores"]
 
 
-class TransformersArm(Arm):
+class TransformersArm(GenerationArm):
     """`generate` of transformers, greedy and with its KV cache: what a user has before optimizing anything."""
 
     def __init__(self, model: Model, name: str) -> None:
@@ -35,7 +36,7 @@ class TransformersArm(Arm):
         settings = GenerationConfig(max_new_tokens=output_tokens, do_sample=False, pad_token_id=0, use_cache=True)
         own, module.generation_config = module.generation_config, settings
         try:
-            with _all_cores(), torch.inference_mode():
+            with all_cores(), torch.inference_mode():
                 watch = _Stopwatch()
                 ids = torch.tensor([prompt])
                 module.generate(input_ids=ids, attention_mask=torch.ones_like(ids), streamer=watch)
@@ -47,7 +48,7 @@ class TransformersArm(Arm):
         self.module = None
 
 
-class SessionArm(Arm):
+class SessionArm(GenerationArm):
     """One request after the other through the engine, over an open session of a backend. Closes the session.
 
     Args:
@@ -62,11 +63,13 @@ class SessionArm(Arm):
 
     def run(self, prompt: tuple[int, ...], output_tokens: int) -> Run:
         params = SamplingParams(max_tokens=output_tokens, temperature=0.0, ignore_eos=True)
-        with _all_cores():
+        with all_cores():
             begin = time.perf_counter()
             engine = Engine(self.session, self._batcher)
             seconds, output = [], []
             for event in engine.stream(Request(prompt, params)):
+                if event.token is None:
+                    raise MachineError(f"the model failed ({event.error or event.finished})", where=self.name)
                 seconds.append(time.perf_counter() - begin)
                 output.append(event.token)
         return Run(len(prompt), tuple(seconds), tuple(output))
@@ -99,7 +102,7 @@ class _Stopwatch:
 
 
 @contextmanager
-def _all_cores() -> Iterator[None]:
+def all_cores() -> Iterator[None]:
     """The same threads for every arm, whatever the process was started with."""
     # A runtime without torch in it is not made to load it: the import would count as the runtime's own memory.
     torch = sys.modules.get("torch")

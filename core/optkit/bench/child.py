@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from optkit.bench.opening import Files, Opening, open_arm
+from optkit.bench.interleave import EncodingArm
+from optkit.bench.opening import Opening, open_arm
 from optkit.errors import OptkitError
+from optkit.opening import Files
 from optkit.plugins import Plugins
 from optkit.steps import Limits
 
@@ -31,7 +33,11 @@ def _answer(task: dict[str, Any]) -> dict[str, Any]:
         files = Files(Path(files["runtime"]), Path(files["weights"]), Limits(**files["limits"]))
     try:
         arm = open_arm(Opening(task["recipe"], files), Plugins.load(block=task["block"]), "measured")
-        arm.run(tuple(task["prompt"]), task["output_tokens"])
+        prompt = tuple(task["prompt"])
+        if isinstance(arm, EncodingArm):
+            arm.run([prompt])
+        else:
+            arm.run(prompt, task["output_tokens"])
     except OptkitError as error:
         return {
             "error": _tree_name(type(error)),

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from optkit.bench.interleave import Sample, Samples, Workload
+from optkit.bench.interleave import Samples
 from optkit.bench.statistics import FEWEST_BLOCKS, Estimate, Verdict, median_ratio, verdict
-from optkit.metrics import Footprint, FootprintMetric, RunMetric
+from optkit.metrics import EncodingMetric, Footprint, FootprintMetric, RunMetric
 
 __all__ = ["Comparison", "Withheld", "compare", "compare_footprints"]
 
@@ -56,7 +56,10 @@ class Withheld:
 
 
 def compare(
-    samples: Samples, metrics: Mapping[str, RunMetric], baseline: str, margin: float = 0.05
+    samples: Samples[Any],
+    metrics: Mapping[str, RunMetric] | Mapping[str, EncodingMetric],
+    baseline: str,
+    margin: float = 0.05,
 ) -> list[Comparison | Withheld]:
     """Judge every arm but the baseline by every metric.
 
@@ -64,8 +67,8 @@ def compare(
     arm did not do the work that was asked for, or gave one token over and over where the baseline did not.
 
     Args:
-        samples: from `measure`.
-        metrics: by name.
+        samples: from `measure` or `measure_encoding`.
+        metrics: by name, for runs of that kind.
         baseline: name of the arm that the others are compared with.
         margin: see `optkit.bench.statistics.verdict`.
     """
@@ -92,7 +95,13 @@ def compare_footprints(
 
 
 def _compare(
-    samples: Samples, name: str, metric: RunMetric, baseline: str, arm: str, margin: float, reason: str | None
+    samples: Samples[Any],
+    name: str,
+    metric: RunMetric | EncodingMetric,
+    baseline: str,
+    arm: str,
+    margin: float,
+    reason: str | None,
 ) -> Comparison | Withheld:
     if reason is not None:
         return Withheld(name, arm, metric.unit, metric.better, reason)
@@ -117,7 +126,7 @@ def _compare(
     )
 
 
-def _blocks(samples: Samples, metric: RunMetric, arm: str) -> npt.NDArray[np.float64]:
+def _blocks(samples: Samples[Any], metric: RunMetric | EncodingMetric, arm: str) -> npt.NDArray[np.float64]:
     """`[blocks]`, the mean logarithm of the metric over the arm's runs in each block; NaN where it has none."""
     logs: list[list[float]] = [[] for _ in range(samples.workload.blocks)]
     for sample in samples.of(arm):
@@ -126,31 +135,13 @@ def _blocks(samples: Samples, metric: RunMetric, arm: str) -> npt.NDArray[np.flo
     return np.array([np.mean(block) if block else np.nan for block in logs])
 
 
-def _distrust(samples: Samples, baseline: str, arm: str) -> str | None:
-    arms = {baseline, arm, *(samples.again or ())}
+def _distrust(samples: Samples[Any], baseline: str, arm: str) -> str | None:
+    arms, work = {baseline, arm, *(samples.again or ())}, samples.workload
     for name in samples.arms:
         if name in arms:
             for sample in samples.of(name):
-                reason = _work_differs(sample, samples.workload)
+                reason = work.differs(sample.run)
                 if reason is not None:
                     return f"{name} in block {sample.block + 1}: {reason}"
-    if _monotonous(samples.of(arm)) and not _monotonous(samples.of(baseline)):
-        return f"{arm} repeats one token over and over and {baseline} does not"
-    return None
-
-
-def _work_differs(sample: Sample, workload: Workload) -> str | None:
-    run = sample.run
-    if run.prompt_tokens != workload.prompt_tokens:
-        return f"{run.prompt_tokens} prompt tokens instead of {workload.prompt_tokens}"
-    if not len(run.output) == len(run.token_seconds) == workload.output_tokens:
-        return f"{len(run.output)} output tokens instead of {workload.output_tokens}, {len(run.token_seconds)} timed"
-    times = np.array(run.token_seconds)
-    # Several tokens may share a moment; what no clock gives is NaN, nothing, or time that runs backwards.
-    if not np.isfinite(times).all() or times[0] <= 0 or (np.diff(times) < 0).any():
-        return "the times of its tokens are not in order"
-    return None
-
-
-def _monotonous(samples: Sequence[Sample]) -> bool:
-    return all(len(set(sample.run.output)) == 1 for sample in samples)
+    found, expected = (work.degenerate([sample.run for sample in samples.of(one)]) for one in (arm, baseline))
+    return f"{arm} {found} and {baseline} does not" if found is not None and expected is None else None

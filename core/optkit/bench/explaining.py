@@ -9,7 +9,7 @@ from typing import Any
 
 from optkit import hardware
 from optkit.artifact import Artifact
-from optkit.bench.opening import open_session
+from optkit.opening import open_session
 from optkit.plugins import Plugins
 from optkit.steps import KernelTime, Row, StepPlan
 

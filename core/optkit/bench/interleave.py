@@ -8,16 +8,32 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
+from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
 
 from optkit.errors import RecipeError
-from optkit.metrics import Run
+from optkit.metrics import EncodingRun, Run
 
-__all__ = ["Arm", "Progress", "Sample", "Samples", "Workload", "measure"]
+__all__ = [
+    "Arm",
+    "EncodingArm",
+    "EncodingWorkload",
+    "GenerationArm",
+    "Progress",
+    "Sample",
+    "Samples",
+    "Work",
+    "Workload",
+    "measure",
+    "measure_encoding",
+]
 
 Progress = Callable[[int, int, str], None]
 """`progress(done, total, what)`."""
+A = TypeVar("A", bound="Arm")
+R = TypeVar("R")
+R_contra = TypeVar("R_contra", contravariant=True)
 
 
 class Arm(ABC):
@@ -26,17 +42,51 @@ class Arm(ABC):
     name: str
 
     @abstractmethod
-    def run(self, prompt: tuple[int, ...], output_tokens: int) -> Run:
-        """Generate exactly `output_tokens` tokens greedily after `prompt`, whatever the end-of-text token says."""
-
-    @abstractmethod
     def close(self) -> None:
         """Give back memory. Closing twice does nothing."""
 
 
+class GenerationArm(Arm):
+    """One way to run a causal language model."""
+
+    @abstractmethod
+    def run(self, prompt: tuple[int, ...], output_tokens: int) -> Run:
+        """Generate exactly `output_tokens` tokens greedily after `prompt`, whatever the end-of-text token says."""
+
+
+class EncodingArm(Arm):
+    """One way to run an encoder."""
+
+    @abstractmethod
+    def run(self, sequences: Sequence[tuple[int, ...]]) -> EncodingRun:
+        """Embed all `sequences`, handed over at once."""
+
+
+class Work(Protocol[R_contra]):
+    """What every arm does in every block, twice."""
+
+    @property
+    def blocks(self) -> int: ...
+
+    @property
+    def seed(self) -> int:
+        """Of the order within the blocks."""
+        ...
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    def differs(self, run: R_contra) -> str | None:
+        """In what a run was not this work, or None."""
+        ...
+
+    def degenerate(self, runs: Sequence[R_contra]) -> str | None:
+        """In what the outputs of an arm are worth nothing, so that its speed is not either; or None."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """What every arm does in every block, twice."""
+    """What every arm of a causal language model does in every block, twice."""
 
     prompt_tokens: int
     output_tokens: int
@@ -48,30 +98,65 @@ class Workload:
         if min(self.prompt_tokens, self.output_tokens, self.blocks) < 1:
             raise ValueError("prompt_tokens, output_tokens and blocks are at least 1")
 
+    def differs(self, run: Run) -> str | None:
+        if run.prompt_tokens != self.prompt_tokens:
+            return f"{run.prompt_tokens} prompt tokens instead of {self.prompt_tokens}"
+        if not len(run.output) == len(run.token_seconds) == self.output_tokens:
+            return f"{len(run.output)} output tokens instead of {self.output_tokens}, {len(run.token_seconds)} timed"
+        times = np.array(run.token_seconds)
+        # Several tokens may share a moment; what no clock gives is NaN, nothing, or time that runs backwards.
+        if not np.isfinite(times).all() or times[0] <= 0 or (np.diff(times) < 0).any():
+            return "the times of its tokens are not in order"
+        return None
+
+    def degenerate(self, runs: Sequence[Run]) -> str | None:
+        monotonous = all(len(set(run.output)) == 1 for run in runs)
+        return "repeats one token over and over" if monotonous else None
+
 
 @dataclass(frozen=True, slots=True)
-class Sample:
+class EncodingWorkload:
+    """What every arm of an encoder does in every block, twice."""
+
+    sequences: int
+    tokens: int
+    """Of all sequences."""
+    blocks: int
+    seed: int = 0
+    """Of the order within the blocks."""
+
+    def differs(self, run: EncodingRun) -> str | None:
+        if (run.sequences, run.tokens) != (self.sequences, self.tokens):
+            return f"{run.sequences} sequences of {run.tokens} tokens instead of {self.sequences} of {self.tokens}"
+        return None if np.isfinite(run.seconds) and run.seconds > 0 else "it took no time"
+
+    def degenerate(self, runs: Sequence[EncodingRun]) -> str | None:
+        return None  # an arm refuses embeddings that are not finite, and quality judges the others
+
+
+@dataclass(frozen=True, slots=True)
+class Sample(Generic[R]):
     """One timed run and its place in the session."""
 
     block: int
     position: int
     """Within the block, from 0."""
     arm: str
-    run: Run
+    run: R
 
 
 @dataclass(frozen=True, slots=True)
-class Samples:
+class Samples(Generic[R]):
     """Every run of a session, raw, in the order in which they ran."""
 
-    workload: Workload
+    workload: Work[R]
     arms: tuple[str, ...]
     """Names, the A/A arm's second self included."""
     again: tuple[str, str] | None
     """The arm that ran twice over and the name of its second self, for the noise floor."""
-    samples: tuple[Sample, ...]
+    samples: tuple[Sample[R], ...]
 
-    def of(self, arm: str) -> list[Sample]:
+    def of(self, arm: str) -> list[Sample[R]]:
         """The runs of one arm."""
         return [sample for sample in self.samples if sample.arm == arm]
 
@@ -82,13 +167,13 @@ class Samples:
 
 
 def measure(
-    arms: Sequence[Arm],
+    arms: Sequence[GenerationArm],
     prompts: Sequence[tuple[int, ...]],
     workload: Workload,
     progress: Progress,
     *,
     again: str | None = None,
-) -> Samples:
+) -> Samples[Run]:
     """Run all arms by turns and close them at the end, however it ends.
 
     Within a block every arm runs once in a random order and once in the mirrored order (A B B A), so that a machine
@@ -110,27 +195,52 @@ def measure(
         for arm in arms:
             stack.callback(arm.close)
         cut = [_cut(prompt, workload) for prompt in prompts]
-        entrants, twin = _entrants(arms, again)
-        total = len(arms) + workload.blocks * 2 * len(entrants)
-        samples: list[Sample] = []
-        for done, arm in enumerate(arms):
-            progress(done, total, f"warm up {arm.name}")
-            arm.run(cut[-1], workload.output_tokens)
-        stack.enter_context(_own_garbage_only())
-        random = np.random.default_rng(workload.seed)
-        for block in range(workload.blocks):
+
+        def run(arm: GenerationArm, half: int) -> Run:
+            return arm.run(cut[half % len(cut)], workload.output_tokens)
+
+        return _by_turns(arms, workload, run, progress, again)
+
+
+def measure_encoding(
+    arms: Sequence[EncodingArm],
+    sequences: Sequence[tuple[int, ...]],
+    workload: EncodingWorkload,
+    progress: Progress,
+    *,
+    again: str | None = None,
+) -> Samples[EncodingRun]:
+    """The same for encoders: in each half of each block every arm embeds all `sequences`; see `measure`."""
+    with ExitStack() as stack:
+        for arm in arms:
+            stack.callback(arm.close)
+        return _by_turns(arms, workload, lambda arm, _: arm.run(sequences), progress, again)
+
+
+def _by_turns(
+    arms: Sequence[A], work: Work[R], run: Callable[[A, int], R], progress: Progress, again: str | None
+) -> Samples[R]:
+    """The blocks. `run` gets an arm and the number of the half block, -1 for the warm-up."""
+    entrants, twin = _entrants(arms, again)
+    total = len(arms) + work.blocks * 2 * len(entrants)
+    samples: list[Sample[R]] = []
+    for done, arm in enumerate(arms):
+        progress(done, total, f"warm up {arm.name}")
+        run(arm, -1)
+    with _own_garbage_only():
+        random = np.random.default_rng(work.seed)
+        for block in range(work.blocks):
             order = random.permutation(len(entrants)).tolist()
             for position, index in enumerate(order + order[::-1]):
                 label, arm = entrants[index]
-                progress(len(arms) + len(samples), total, f"block {block + 1} of {workload.blocks}: {label}")
-                prompt = cut[(2 * block + position // len(entrants)) % len(cut)]
+                progress(len(arms) + len(samples), total, f"block {block + 1} of {work.blocks}: {label}")
                 gc.collect()
-                samples.append(Sample(block, position, label, arm.run(prompt, workload.output_tokens)))
+                samples.append(Sample(block, position, label, run(arm, 2 * block + position // len(entrants))))
         progress(total, total, "benchmark")
-    return Samples(workload, tuple(label for label, _ in entrants), twin, tuple(samples))
+    return Samples(work, tuple(label for label, _ in entrants), twin, tuple(samples))
 
 
-def _entrants(arms: Sequence[Arm], again: str | None) -> tuple[list[tuple[str, Arm]], tuple[str, str] | None]:
+def _entrants(arms: Sequence[A], again: str | None) -> tuple[list[tuple[str, A]], tuple[str, str] | None]:
     entrants = {arm.name: arm for arm in arms}
     if len(entrants) != len(arms) or not (again is None or again in entrants):
         raise ValueError(f"arms {[arm.name for arm in arms]} must differ in name, and {again!r} must be one of them")

@@ -25,8 +25,8 @@ def peak_memory(opening: Opening, plugins: Plugins, prompt: tuple[int, ...], out
     Args:
         opening: what to open.
         plugins: the process leaves out the same ones; it finds installed plugins only.
-        prompt: of the request.
-        output_tokens: to generate.
+        prompt: of the request, or the only sequence for an encoder.
+        output_tokens: to generate; an encoder has none.
 
     Raises:
         MachineError: the process was killed, as the kernel does when memory runs out.

@@ -10,19 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from optkit.builtin.files import locate, sha256
-from optkit.errors import DamagedError, MissingError, RecipeError
+from optkit.errors import DamagedError, MissingError, OptkitError, RecipeError
 from optkit.model import Model, ModelCard
 from optkit.sources import Source
+from optkit.weights import CAUSAL_LM, FEATURE_EXTRACTION, is_encoder, sentence_files
 
-__all__ = ["HuggingFace", "card_of"]
+__all__ = ["HuggingFace", "card_of", "encoder_card_of"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 class HuggingFace(Source):
-    """A causal language model in a Hugging Face folder with safetensors, or on the hub.
+    """A causal language model or a sentence encoder in a Hugging Face folder with safetensors, or on the hub.
 
-    Folders whose weights are in compressed-tensors' pack-quantized format load as quantized models.
+    Folders whose weights are in compressed-tensors' pack-quantized format load as quantized models. An encoder is a
+    model without a head, whose architecture ends in `Model`; the files of sentence-transformers beside it say how long
+    its texts are and how tokens are pooled.
     """
 
     model: str
@@ -37,12 +40,18 @@ class HuggingFace(Source):
         shapes: dict[str, tuple[int, ...]] = {}
         for file in _weight_files(folder):
             shapes |= safetensors_shapes(file)
-        return card_of(config, shapes, name=Path(self.model).name)
+        name = Path(self.model).name
+        if is_encoder(config):
+            tokenizer = folder / "tokenizer_config.json"
+            limits = _json(tokenizer) if tokenizer.is_file() else {}
+            return encoder_card_of(config, shapes, sentence_files(folder), limits, name=name)
+        return card_of(config, shapes, name=name)
 
     def fingerprint(self) -> str:
         folder = self._folder()
         small = [file for file in sorted(folder.iterdir()) if file.suffix in {".json", ".jinja", ".model", ".txt"}]
-        return sha256([*small, *_weight_files(folder)])
+        deeper = [folder / name for name in sorted(sentence_files(folder)) if "/" in name]
+        return sha256([*small, *deeper, *_weight_files(folder)])
 
     def load(self) -> Model:
         from optkit.weights import load_folder
@@ -98,8 +107,10 @@ def card_of(config: Mapping[str, Any], shapes: Shapes, *, name: str) -> ModelCar
     """
     architectures = config.get("architectures") or ["none"]
     if not any(str(kind).endswith("ForCausalLM") for kind in architectures):
-        remedy = "choose one whose architecture ends in ForCausalLM"
-        raise RecipeError("is no causal language model", where=name, found=architectures[0], remedy=remedy)
+        remedy = "choose one whose architecture ends in ForCausalLM, or in Model for an encoder"
+        raise RecipeError(
+            "is no causal language model and no encoder", where=name, found=architectures[0], remedy=remedy
+        )
     try:
         layers, hidden, heads = (
             int(config[key]) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads")
@@ -115,7 +126,7 @@ def card_of(config: Mapping[str, Any], shapes: Shapes, *, name: str) -> ModelCar
             linears["lm_head"] = (vocab, hidden)
         return ModelCard(
             name=name,
-            tags=frozenset({"task:causal-lm", f"arch:{architecture}"}) | _weight_tags(config),
+            tags=frozenset({CAUSAL_LM, f"arch:{architecture}"}) | _weight_tags(config),
             linears=linears,
             parameters=sum(_count(shape) for shape in shapes.values()),
             bytes_per_parameter=4,
@@ -125,6 +136,63 @@ def card_of(config: Mapping[str, Any], shapes: Shapes, *, name: str) -> ModelCar
             max_length=int(config.get("max_position_embeddings", 2048)),
             kv_values_per_token=2 * layers * kv_heads * head_dim,
             tied_head=tied,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise DamagedError(f"config.json is incomplete ({type(error).__name__}: {error})", where=name) from error
+
+
+# Their position embeddings begin behind the padding token's, so that many of them are never used.
+_OFFSET_POSITIONS = {"camembert", "data2vec-text", "mpnet", "roberta", "xlm-roberta", "xlm-roberta-xl"}
+
+
+def encoder_card_of(
+    config: Mapping[str, Any], shapes: Shapes, files: Mapping[str, str], tokenizer: Mapping[str, Any], *, name: str
+) -> ModelCard:
+    """The card of an encoder without a head.
+
+    Args:
+        config: the contents of its `config.json`.
+        shapes: of its tensors, by transformers' names.
+        files: those of sentence-transformers, by path.
+        tokenizer: the contents of its `tokenizer_config.json`.
+        name: for people.
+
+    Raises:
+        RecipeError: its pooling, or what comes after it, is nothing that optkit has.
+        DamagedError: the configuration lacks what every such model has.
+    """
+    from optkit.engine.pooling import pooling_of, preparation_of
+
+    try:
+        pooling_of(files), preparation_of(files)
+    except OptkitError as error:
+        where = f"{name}/{error.where}" if error.where else name
+        raise type(error)(error.what, where=where, found=error.found, remedy=error.remedy) from error
+    try:
+        architecture = str(config["model_type"])
+        positions = int(config.get("max_position_embeddings") or config.get("n_positions") or 512)
+        if architecture in _OFFSET_POSITIONS:
+            positions -= int(config.get("pad_token_id", 1)) + 1
+        # As sentence-transformers has it: its own figure before the tokenizer's, and never beyond the positions.
+        own = json.loads(files.get("sentence_bert_config.json", "{}")).get("max_seq_length")
+        trained = own or tokenizer.get("model_max_length")
+        return ModelCard(
+            name=name,
+            tags=frozenset({FEATURE_EXTRACTION, f"arch:{architecture}"}) | _weight_tags(config),
+            linears={
+                key.removesuffix(".weight"): (shape[0], shape[1])
+                for key, shape in shapes.items()
+                if _is_linear(key, shape)
+            },
+            # Old files carry the numbers of the positions beside the weights.
+            parameters=sum(_count(shape) for key, shape in shapes.items() if not key.endswith("position_ids")),
+            bytes_per_parameter=4,
+            vocab_size=int(config["vocab_size"]),
+            hidden_size=int(config.get("hidden_size") or config["dim"]),
+            layers=int(config.get("num_hidden_layers") or config["n_layers"]),
+            max_length=min(positions, int(trained or positions)),
+            kv_values_per_token=0,
+            tied_head=False,
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise DamagedError(f"config.json is incomplete ({type(error).__name__}: {error})", where=name) from error

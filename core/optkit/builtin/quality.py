@@ -1,4 +1,4 @@
-"""Metrics of quality: how far a model's predictions are from the text and from the unoptimized model's."""
+"""Metrics of quality: predictions beside the text, predictions and embeddings beside the baseline's."""
 
 from __future__ import annotations
 
@@ -7,9 +7,16 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from optkit.metrics import TokenMetric
+from optkit.metrics import EmbeddingMetric, TokenMetric
 
-__all__ = ["KLDivergence", "KLDivergenceP99", "Perplexity", "Top1Agreement"]
+__all__ = [
+    "EmbeddingCosine",
+    "EmbeddingCosineP01",
+    "KLDivergence",
+    "KLDivergenceP99",
+    "Perplexity",
+    "Top1Agreement",
+]
 
 Floats = npt.NDArray[np.float32]
 Doubles = npt.NDArray[np.float64]
@@ -88,6 +95,35 @@ class Top1Agreement(TokenMetric):
 
     def aggregate(self, values: Floats) -> float:
         return float(np.mean(values, dtype=np.float64))
+
+
+class EmbeddingCosine(EmbeddingMetric):
+    """Mean cosine of the angle between a text's embedding and the baseline's, from -1 to 1.
+
+    Search ranks by such cosines: what they move by, a ranking can move by. NaN where an embedding is 0.
+    """
+
+    unit = ""
+    better = "higher"
+    relative = False
+
+    def per_sequence(self, embeddings: Floats, baseline: Floats) -> Floats:
+        """The cosine of each sequence."""
+        one, other = embeddings.astype(np.float64), baseline.astype(np.float64)
+        norms = np.linalg.norm(one, axis=-1) * np.linalg.norm(other, axis=-1)
+        with np.errstate(invalid="ignore"):
+            cosines: Floats = (np.einsum("sh,sh->s", one, other) / norms).clip(-1, 1).astype(np.float32)
+        return cosines
+
+    def aggregate(self, values: Floats) -> float:
+        return float(np.mean(values, dtype=np.float64))
+
+
+class EmbeddingCosineP01(EmbeddingCosine):
+    """The 1st percentile over texts of the cosine to the baseline's embedding: how far off the worst texts are."""
+
+    def aggregate(self, values: Floats) -> float:
+        return float(np.quantile(values, 0.01))
 
 
 def _chunks(logits: Floats, rows: int = 16) -> Iterator[slice]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
-from optkit.metrics import Footprint, FootprintMetric, Run, RunMetric
+from optkit.metrics import EncodingMetric, EncodingRun, Footprint, FootprintMetric, Run, RunMetric
 
 __all__ = [
     "DecodeTokensPerSecond",
     "Latency",
     "PeakMemory",
     "PrefillTokensPerSecond",
+    "SequencesPerSecond",
     "Size",
     "TimePerOutputToken",
     "TimeToFirstToken",
@@ -68,6 +69,16 @@ class Latency(RunMetric):
 
     def of(self, run: Run) -> float:
         return run.token_seconds[-1]
+
+
+class SequencesPerSecond(EncodingMetric):
+    """Texts embedded per second, all of them handed over at once, of the lengths that they have."""
+
+    unit = "seq/s"
+    better = "higher"
+
+    def of(self, run: EncodingRun) -> float:
+        return run.sequences / run.seconds if run.seconds > 0 else math.nan
 
 
 class Size(FootprintMetric):

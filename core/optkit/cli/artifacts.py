@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,9 +11,17 @@ import typer
 from optkit.cli.present import counted, emit_json, lowered_as, plugins_of, say, size, table
 from optkit.cli.recipes import JsonOption, show_report
 
-__all__ = ["ArtifactArgument", "add_to"]
+__all__ = ["ArtifactArgument", "DraftOption", "add_to", "speculation_of"]
 
 ArtifactArgument = Annotated[Path, typer.Argument(metavar="ARTIFACT", help="The artifact's directory.")]
+DraftOption = Annotated[
+    str | None,
+    typer.Option(
+        "--draft",
+        metavar="ARTIFACT",
+        help="Guess tokens and check several at a time: with a smaller artifact, or 'lookup' from the text so far.",
+    ),
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -103,50 +112,60 @@ def generate(
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompt as it is, without the chat template.")
     ] = False,
+    draft: DraftOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Answer one prompt, word by word.
 
     The prompt goes through the model's chat template, where it has one.
     """
-    from optkit.artifact import open_artifact
-    from optkit.bench import open_session
-    from optkit.engine import Engine, Request, SamplingParams
-    from optkit.engine.text import Detokenizer, encode, end_tokens, load_tokenizer
-    from optkit.errors import RecipeError
+    from optkit.engine import SamplingParams
+    from optkit.engine.opened import open_engine
+    from optkit.engine.outputs import Collector
+    from optkit.engine.text import Prompt, chat, encode
+    from optkit.errors import MachineError, RecipeError
 
-    opened = open_artifact(artifact)
-    plugins = plugins_of(context)
-    tokenizer = load_tokenizer(opened.weights)
-    tokens = encode(tokenizer, prompt, chat=not raw)
-    room = opened.manifest.max_length - len(tokens)
-    if room < (max_tokens or 1):
-        raise RecipeError(
-            f"the artifact holds {opened.manifest.max_length} tokens, the prompt takes {len(tokens)}",
-            where="generate",
-            remedy="shorten the prompt" + (f", or lower --max-tokens to {room}" if room > 0 else ""),
+    with open_engine(artifact, plugins_of(context), speculation_of(draft)) as opened:
+        engine = opened.engine
+        words: Prompt = prompt if raw or not engine.tokenizer.chat_template else chat(prompt)
+        tokens = encode(engine.tokenizer, words)
+        room = opened.max_length - len(tokens)
+        if room < (max_tokens or 1):
+            raise RecipeError(
+                f"the artifact holds {opened.max_length} tokens, the prompt takes {len(tokens)}",
+                where="generate",
+                remedy="shorten the prompt" + (f", or lower --max-tokens to {room}" if room > 0 else ""),
+            )
+        params = SamplingParams(
+            max_tokens=max_tokens or min(128, room), temperature=temperature, top_p=top_p, seed=seed
         )
-    params = SamplingParams(max_tokens=max_tokens or min(128, room), temperature=temperature, top_p=top_p, seed=seed)
-    detokenizer = Detokenizer(tokenizer)
-    written: list[str] = []
-    reason: Any = None
-    with open_session(opened, plugins) as (session, batcher):
-        engine = Engine(session, batcher, eos=end_tokens(opened.weights, tokenizer))
-        for event in engine.stream(Request(tokens, params)):
-            piece = detokenizer.push(event.token)
-            written.append(piece)
-            reason = event.finished
-            if not as_json:
-                typer.echo(piece, nl=False)
-    written.append(detokenizer.flush())
+        collector, completion = Collector(params, len(tokens)), None
+        engine.add(tokens, params)
+        while engine.busy:
+            for delta in engine.step():
+                completion = collector.add(delta)
+                if not as_json:
+                    typer.echo(delta.text, nl=False)
+            if engine.wait:
+                time.sleep(engine.wait)
+    assert completion is not None
+    if completion.error:
+        raise MachineError(f"the model failed ({completion.error})", where=str(artifact))
     if as_json:
         emit_json(
             {
-                "text": "".join(written),
-                "prompt_tokens": len(tokens),
-                "output_tokens": len(written) - 1,
-                "finish_reason": reason,
+                "text": completion.text,
+                "prompt_tokens": completion.prompt_tokens,
+                "output_tokens": len(completion.samples[0].tokens),
+                "finish_reason": completion.samples[0].finish_reason,
             }
         )
     else:
-        say(written[-1])
+        say()
+
+
+def speculation_of(draft: str | None) -> Any:
+    """What `--draft` asks for."""
+    from optkit.engine.opened import Speculation
+
+    return None if draft is None else Speculation(draft=None if draft == "lookup" else draft)

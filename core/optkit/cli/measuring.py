@@ -92,19 +92,28 @@ def _measure(
     *,
     quality: bool,
 ) -> None:
-    from optkit.measure import baseline_of, contest, contestant
+    from optkit.errors import RecipeError
+    from optkit.measure import baseline_of, check_same_task, contest, contestant, task_of
     from optkit.recipe import Benchmark
 
     plugins = plugins_of(context)
     if samples is not None:
         _write(samples, [])  # refuse before the measurement what would fail after it
     opened = [contestant(path) for path in paths]
+    check_same_task([one for _, one in opened])
     artifact = opened[0][1]
+    task = task_of(artifact.manifest.tags)
+    if not task.generates and chosen is not None and chosen.keys() - {"blocks"}:
+        raise RecipeError(
+            f"--prompt-tokens and --output-tokens mean nothing for its task ({task.noun})",
+            where=str(artifact.path),
+            remedy="leave them out",
+        )
     contestants = [one for one, _ in opened]
     if len(contestants) == 1:
         contestants.insert(0, baseline_of(artifact, plugins))
     settings = None if chosen is None else Benchmark(**{**artifact.manifest.recipe["benchmark"], **chosen})
-    if settings is not None:
+    if settings is not None and task.generates:
         _check_room(settings, artifact.manifest.recipe["evaluation"], [one for _, one in opened])
     with Steps() as steps:
         figures, lines = contest(contestants, artifact, settings, plugins, steps, with_quality=quality)

@@ -51,7 +51,10 @@ def apply_recipe(
     show_report(outcome.report)
     say()
     say(f"{'Already there' if outcome.existed else 'Published'}: {target}")
-    say(f'Next: optkit generate {target} "Why is the sky blue?"   or: optkit explain {target}')
+    if plan.task.generates:
+        say(f'Next: optkit generate {target} "Why is the sky blue?"   or: optkit explain {target}')
+    else:
+        say(f'Next, in Python: optkit.Encoder("{target}").encode(["Why is the sky blue?"])')
 
 
 def show_report(report: Any) -> None:
@@ -104,7 +107,7 @@ def plan_recipe(context: typer.Context, recipe: RecipeArgument, as_json: JsonOpt
     limits = plan.limits
     batch = counted(limits.max_batch_size, "sequence")
     say(f"batching {plan.recipe.batching.name}: {batch} of up to {limits.max_length} tokens")
-    for gate in plan.recipe.gates:
+    for gate in plan.recipe.gates or ():
         side, limit = ("at_most", gate.at_most) if gate.at_most is not None else ("at_least", gate.at_least)
         say(f"gate     {gate.metric} {side} {limit}")
     say(

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, cast
 
-from optkit.errors import MissingError
+from optkit.errors import MissingError, RequestError
 
-__all__ = ["Detokenizer", "encode", "end_tokens", "load_tokenizer"]
+__all__ = ["Detokenizer", "Message", "Prompt", "TextStream", "chat", "encode", "end_tokens", "load_tokenizer"]
+
+Message: TypeAlias = Mapping[str, Any]
+"""`role`, `content` and whatever else the model's chat template knows."""
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 
 
 def load_tokenizer(weights: Path) -> Any:
@@ -24,19 +29,42 @@ def load_tokenizer(weights: Path) -> Any:
     return AutoTokenizer.from_pretrained(weights)
 
 
-def encode(tokenizer: Any, prompt: str, *, chat: bool) -> tuple[int, ...]:
+def encode(tokenizer: Any, prompt: Prompt) -> tuple[int, ...]:
     """Token ids of a prompt.
 
     Args:
         tokenizer: from `load_tokenizer`.
-        prompt: plain text.
-        chat: put it into the chat template as the user's turn, where the model has one.
+        prompt: text, which is continued as it is; token ids; or chat messages, which go through the chat template with
+            the beginning of the assistant's turn after them.
+
+    Raises:
+        RequestError: the model has no chat template, its template does not take these messages, or the text is not
+            Unicode.
     """
-    if chat and tokenizer.chat_template:
-        turns = [{"role": "user", "content": prompt}]
-        prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return tuple(tokenizer(prompt, add_special_tokens=False).input_ids)
-    return tuple(tokenizer(prompt).input_ids)
+    if isinstance(prompt, str):
+        return _tokens(tokenizer, prompt)
+    if not prompt or isinstance(prompt[0], int):
+        return tuple(cast("Sequence[int]", prompt))
+    if not tokenizer.chat_template:
+        raise RequestError("the model has no chat template", remedy="give text or token ids instead of messages")
+    try:
+        text = tokenizer.apply_chat_template(list(prompt), tokenize=False, add_generation_prompt=True)
+    except Exception as error:  # templates are programs of the model's author, and raise what they like
+        raise RequestError(f"the chat template refuses the messages ({error})") from error
+    return _tokens(tokenizer, text, add_special_tokens=False)
+
+
+def _tokens(tokenizer: Any, text: str, **options: Any) -> tuple[int, ...]:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can say it, and tokenizers raise TypeError
+        raise RequestError("the text holds half of a surrogate pair, which is no character") from error
+    return tuple(tokenizer(text, **options).input_ids)
+
+
+def chat(text: str) -> list[Message]:
+    """One turn of a user."""
+    return [{"role": "user", "content": text}]
 
 
 def end_tokens(weights: Path, tokenizer: Any) -> tuple[int, ...]:
@@ -83,3 +111,52 @@ class Detokenizer:
             self._done = len(self._tokens) - 8
             self._given = self._text()
         return new
+
+
+class TextStream:
+    """The text of one sample, token by token, up to the first of its stop strings.
+
+    What could be the beginning of a stop string is held back until it is known not to be.
+
+    Args:
+        tokenizer: from `load_tokenizer`.
+        stop: strings that end the text; they are not part of it.
+    """
+
+    def __init__(self, tokenizer: Any, stop: tuple[str, ...] = ()) -> None:
+        self._detokenizer = Detokenizer(tokenizer)
+        self._stop = stop
+        self._held = ""
+        self.stopped = False
+        """Whether a stop string was found; what is pushed after it is ignored."""
+
+    def push(self, token: int, *, watch: bool = True) -> str:
+        """The text that this token adds. Without `watch` stop strings are let through."""
+        return self._checked(self._detokenizer.push(token), watch=watch)
+
+    def flush(self) -> str:
+        """What is still held back, at the end of the output."""
+        rest = self._checked(self._detokenizer.flush(), watch=True)
+        if not self.stopped:
+            rest, self._held = rest + self._held, ""
+        return rest
+
+    def _checked(self, new: str, *, watch: bool) -> str:
+        if self.stopped:
+            return ""
+        text, self._held = self._held + new, ""
+        if not (self._stop and watch):
+            return text
+        places = [place for place in (text.find(stop) for stop in self._stop) if place >= 0]
+        if places:
+            self.stopped = True
+            return text[: min(places)]
+        held = max(_overlap(text, stop) for stop in self._stop)
+        if held:
+            text, self._held = text[:-held], text[-held:]
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` with which `stop` begins."""
+    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-size:])), 0)

@@ -1,17 +1,33 @@
-"""Quality of a model beside the unoptimized one, on the same text, token by token."""
+"""Quality of a model beside the unoptimized one, on the same text: token by token, or embedding by embedding."""
 
+from optkit.evaluate.embedding import (
+    Embedder,
+    ModelEmbedder,
+    RecordedEmbedder,
+    SessionEmbedder,
+    embedding_parity,
+    evaluate_embeddings,
+)
 from optkit.evaluate.judge import Figure, Quality, evaluate, parity
 from optkit.evaluate.scorers import ModelScorer, Recorded, Scorer, SessionScorer
-from optkit.evaluate.text import windows
+from optkit.evaluate.text import paragraphs, sequences, windows
 
 __all__ = [
+    "Embedder",
     "Figure",
+    "ModelEmbedder",
     "ModelScorer",
     "Quality",
     "Recorded",
+    "RecordedEmbedder",
     "Scorer",
+    "SessionEmbedder",
     "SessionScorer",
+    "embedding_parity",
     "evaluate",
+    "evaluate_embeddings",
+    "paragraphs",
     "parity",
+    "sequences",
     "windows",
 ]

@@ -12,9 +12,9 @@ import numpy.typing as npt
 from optkit.bench.statistics import Estimate, percentile_interval
 from optkit.errors import DamagedError, GateFailed
 from optkit.evaluate.scorers import Scorer
-from optkit.metrics import TokenMetric
+from optkit.metrics import EmbeddingMetric, TokenMetric
 
-__all__ = ["Figure", "Quality", "evaluate", "parity"]
+__all__ = ["Figure", "Quality", "distance", "evaluate", "figure_of", "parity"]
 
 Floats = npt.NDArray[np.float32]
 Progress = Callable[[int, int, str], None]
@@ -45,8 +45,9 @@ class Quality:
     """What `evaluate` found."""
 
     windows: int
+    """Windows of text, or the sequences that an encoder read."""
     tokens: int
-    """Predicted tokens."""
+    """Predicted tokens, or the tokens that an encoder read."""
     metrics: Mapping[str, Figure]
 
     def to_dict(self) -> dict[str, Any]:
@@ -88,7 +89,7 @@ def evaluate(
             reference[name].append(metric.per_token(expected, expected, targets))
             judged[name].append(metric.per_token(found, expected, targets))
         progress(done, len(windows), "windows")
-    figures = {name: _figure(metric, reference[name], judged[name]) for name, metric in metrics.items()}
+    figures = {name: figure_of(metric, reference[name], judged[name]) for name, metric in metrics.items()}
     return Quality(len(windows), sum(len(window) - 1 for window in windows), figures)
 
 
@@ -100,16 +101,17 @@ def parity(reference: Scorer, candidate: Scorer, windows: Sequence[tuple[int, ..
     Raises:
         GateFailed, DamagedError: see `evaluate`.
     """
-    distances = []
-    for window in windows:
-        expected, found = _pair(reference, candidate, window)
-        squares = [
-            (np.sum(np.square(a.astype(np.float64) - b)), np.sum(np.square(a.astype(np.float64))))
-            for a, b in zip(expected, found, strict=True)
-        ]
-        apart, norm = np.sum(squares, axis=0)
-        distances.append(float(np.sqrt(apart / norm)))
-    return max(distances)
+    return max(distance(*_pair(reference, candidate, window)) for window in windows)
+
+
+def distance(expected: Floats, found: Floats) -> float:
+    """`|a - b| / |a|` of two arrays `[positions, ...]`."""
+    squares = [
+        (np.sum(np.square(a.astype(np.float64) - b)), np.sum(np.square(a.astype(np.float64))))
+        for a, b in zip(expected, found, strict=True)
+    ]
+    apart, norm = np.sum(squares, axis=0)
+    return float(np.sqrt(apart / norm))
 
 
 def _pair(baseline: Scorer, candidate: Scorer, window: tuple[int, ...]) -> tuple[Floats, Floats]:
@@ -125,7 +127,14 @@ def _pair(baseline: Scorer, candidate: Scorer, window: tuple[int, ...]) -> tuple
     return expected, found
 
 
-def _figure(metric: TokenMetric, reference: list[Floats], judged: list[Floats]) -> Figure:
+def figure_of(metric: TokenMetric | EmbeddingMetric, reference: list[Floats], judged: list[Floats]) -> Figure:
+    """The figure of a metric with its interval.
+
+    Args:
+        metric: whose values they are.
+        reference: of the baseline, `[values]` for each window or sequence.
+        judged: of the candidate, for the same ones.
+    """
     before, after = np.concatenate(reference), np.concatenate(judged)
     fixed = bool((before == before[0]).all())
     value, origin = metric.aggregate(after), metric.aggregate(before)

@@ -1,13 +1,14 @@
-"""From a dataset's texts to the token windows that models are scored on."""
+"""From a dataset's texts to the tokens that models are judged on: windows, or the sequences that encoders read."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from optkit.datasets import Dataset
 from optkit.errors import RecipeError
 
-__all__ = ["windows"]
+__all__ = ["paragraphs", "sequences", "windows"]
 
 
 def windows(tokenizer: Any, dataset: Dataset, tokens: int, context_length: int) -> list[tuple[int, ...]]:
@@ -41,6 +42,46 @@ def windows(tokenizer: Any, dataset: Dataset, tokens: int, context_length: int) 
     raise RecipeError(
         f"the dataset has {len(stream)} tokens of text, {count} windows of {length} need {count * fresh}",
         remedy="lower the number of tokens or choose a longer dataset",
+    )
+
+
+def paragraphs(dataset: Dataset) -> Iterator[str]:
+    """The paragraphs of a dataset, which empty lines part, in its order."""
+    for text in dataset.texts():
+        yield from (paragraph for paragraph in (part.strip() for part in text.split("\n\n")) if paragraph)
+
+
+def sequences(
+    tokenizer: Any, dataset: Dataset, tokens: int, longest: int, prepare: Callable[[str], str] = str
+) -> list[tuple[int, ...]]:
+    """The first paragraphs of a dataset, each a sequence of its own length, always the same ones.
+
+    Args:
+        tokenizer: of transformers; the tokens that it adds to a text count too.
+        dataset: the text.
+        tokens: most tokens in all.
+        longest: where a paragraph is cut.
+        prepare: done to each before its tokens.
+
+    Raises:
+        RecipeError: the dataset has less text.
+    """
+    found: list[tuple[int, ...]] = []
+    total = 0
+    for text in paragraphs(dataset):
+        cut = tokenizer(prepare(text), truncation=True, max_length=min(longest, tokens), verbose=False)
+        ids = tuple(cut["input_ids"])
+        total += len(ids)
+        if total > tokens:
+            return found
+        if ids:
+            found.append(ids)
+        if total == tokens:
+            return found
+    raise RecipeError(
+        f"the dataset has {total} tokens of text",
+        found=tokens,
+        remedy="lower evaluation.tokens or choose a longer dataset",
     )
 
 

@@ -5,4 +5,9 @@ from optkit.hookspecs import Registration, hookimpl
 
 @hookimpl
 def register_batchers() -> Registration:
-    return {"static": "optkit_batching.static:Static"}
+    return {
+        "continuous": "optkit_batching.continuous:Continuous",
+        "static": "optkit_batching.static:Static",
+        "dynamic": "optkit_batching.dynamic:Dynamic",
+        "bucketed": "optkit_batching.bucketed:Bucketed",
+    }

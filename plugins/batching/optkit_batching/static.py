@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 
 from pydantic import Field
 
-from optkit.batching import Batcher, MemoryView, SequenceView, Wait
-from optkit.steps import Row, StepPlan
+from optkit.batching import Batcher, MemoryView, RequestView, Schedule, Wait
+from optkit_batching.completion import continued, fitting, started
 
 __all__ = ["Static"]
 
@@ -19,27 +19,23 @@ class Static(Batcher):
     """
 
     max_batch_size: int = Field(default=1, ge=1, le=4096)
-    """Requests in one batch."""
+    """Sequences in one batch."""
+    padded: bool = True
+    """Whether a batch is a rectangle, as fixed shapes make it: prompts are padded to the longest, and sequences that
+    ended are computed on until all have. Without it nothing is computed for nobody; every session can do that."""
 
     @property
     def max_sequences(self) -> int:
         return self.max_batch_size
 
+    @property
+    def pads_batches(self) -> bool:
+        return self.padded
+
     def plan(
-        self, waiting: Sequence[SequenceView], running: Sequence[SequenceView], memory: MemoryView, now: float
-    ) -> StepPlan | Wait:
+        self, waiting: Collection[RequestView], running: Collection[RequestView], memory: MemoryView, now: float
+    ) -> Schedule | Wait:
         if running:
-            return StepPlan(tuple(_row(sequence, sequence.blocks) for sequence in running))
-        rows: list[Row] = []
-        free = list(memory.free)
-        for sequence in waiting[: min(self.max_batch_size, memory.caps.max_batch_size)]:
-            needed = -(-sequence.max_total // memory.caps.block_size)
-            if needed > len(free):
-                break
-            blocks, free = tuple(free[:needed]), free[needed:]
-            rows.append(_row(sequence, blocks))
-        return StepPlan(tuple(rows)) if rows else Wait(None)
-
-
-def _row(sequence: SequenceView, blocks: tuple[int, ...]) -> Row:
-    return Row(sequence.id, sequence.tokens[sequence.computed :], sequence.computed, blocks)
+            return continued(running)
+        batch = fitting(waiting, memory, self.max_batch_size, padded=self.padded)
+        return started(batch, memory) if batch else Wait(None)

@@ -9,10 +9,11 @@ import sys
 import pytest
 
 from optkit.artifact import publish, staging
-from optkit.bench import Files, Opening, SessionArm, TransformersArm, open_arm, open_session, opening_of, peak_memory
+from optkit.bench import Opening, SessionArm, TransformersArm, open_arm, opening_of, peak_memory
 from optkit.bench.child import peak_resident_bytes
 from optkit.engine import Engine, Request, SamplingParams
 from optkit.errors import DamagedError, MissingError, OptkitError, RecipeError
+from optkit.opening import Files, open_session
 from optkit.plugins import Plugins
 from optkit.steps import Limits
 
@@ -67,7 +68,7 @@ def test_baseline_and_artifact_open_as_arms(recipe, artifact, plugins):
 
 def test_an_artifact_opens_as_a_session_with_its_batcher(artifact, plugins):
     with open_session(artifact, plugins) as (session, batcher):
-        assert session.caps.block_size == 64
+        assert session.caps.max_length == 64
         events = list(Engine(session, batcher).stream(Request(PROMPT, SamplingParams(max_tokens=4))))
     assert [event.finished for event in events] == [None, None, None, "length"]
 

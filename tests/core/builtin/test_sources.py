@@ -77,7 +77,11 @@ def test_what_is_no_model_is_refused_in_plain_words(folder, tmp_path):
 
     config = json.loads((folder / "config.json").read_text())
     for change, kind, words in (
-        ({"architectures": ["BertModel"]}, RecipeError, "is no causal language model, found 'BertModel'"),
+        (
+            {"architectures": ["BertForMaskedLM"]},
+            RecipeError,
+            "is no causal language model and no encoder, found 'Bert",
+        ),
         ({"hidden_size": None}, DamagedError, "config.json is incomplete"),
     ):
         (folder / "config.json").write_text(json.dumps(config | change))

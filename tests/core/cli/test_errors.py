@@ -76,6 +76,15 @@ def changed_config(desk, folder, **changes):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
+def encoder(desk, tiny_encoder):
+    shutil.copytree(tiny_encoder, desk / "encoder")
+
+
+def weighted_mean(desk, tiny_encoder):
+    encoder(desk, tiny_encoder)
+    (desk / "encoder/1_Pooling/config.json").write_text('{"pooling_mode_weightedmean_tokens": true}')
+
+
 def without(desk, folder, pattern):
     shutil.copytree(desk / "model", desk / folder)
     for file in (desk / folder).glob(pattern):
@@ -115,6 +124,22 @@ def folder_of_files(desk):
     (desk / "taken/thesis.tex").write_text("years of work")
 
 
+def requests(*custom_ids):
+    def write(desk):
+        other_artifact(desk)
+        line = '{{"custom_id": "{}", "method": "POST", "url": "/v1/completions", "body": {{"prompt": "a"}}}}'
+        (desk / "in.jsonl").write_text("\n".join(map(line.format, custom_ids)))
+        (desk / "taken.jsonl").write_text("years of work\n")
+
+    return write
+
+
+def half_a_request(desk):
+    requests("a")(desk)
+    with (desk / "in.jsonl").open("a") as stream:
+        stream.write('\n{"custom_id": "b", "me')
+
+
 def little_memory(desk, monkeypatch):
     from optkit import hardware
 
@@ -141,7 +166,10 @@ PREPARE = {
     "model-without-safetensors": lambda desk: without(desk, "bare", "*.safetensors"),
     "model-without-config": lambda desk: without(desk, "bare", "config.json"),
     "model-with-damaged-weights": damaged_weights,
-    "not-a-language-model": lambda desk: changed_config(desk, "encoder", architectures=["BertModel"]),
+    "not-a-language-model": lambda desk: changed_config(desk, "encoder", architectures=["BertForMaskedLM"]),
+    "gate-of-another-task": encoder,
+    "prompt-for-an-encoder": encoder,
+    "pooling-that-optkit-does-not-have": weighted_mean,
     "gguf-truncated": truncated_gguf,
     "gguf-cut-short": gguf_without_its_end,
     "model-quantized-already": packed,
@@ -162,6 +190,10 @@ PREPARE = {
     "artifact-damaged": damaged_artifact,
     "manifest-damaged": damaged_manifest,
     "no-artifact-but-files": folder_of_files,
+    "batch-of-nowhere": other_artifact,
+    "batch-line-is-no-json": half_a_request,
+    "batch-custom-id-twice": requests("a", "b", "a"),
+    "batch-output-is-taken": requests("a"),
 }
 
 # `apply CASE.yaml` unless it is here.
@@ -186,6 +218,10 @@ COMMANDS = {
     "option-of-wrong-type": "generate nowhere Hello --seed twelve",
     "block-of-nothing": "--block quantise plugins list",
     "unknown-plugin-to-show": "plugins show quantise.rtn",
+    "batch-of-nowhere": "batch taken nowhere.jsonl out.jsonl",
+    "batch-line-is-no-json": "batch taken in.jsonl out.jsonl",
+    "batch-custom-id-twice": "batch taken in.jsonl out.jsonl",
+    "batch-output-is-taken": "batch taken in.jsonl taken.jsonl",
     "schema-cannot-be-written": "schema --output text.txt/schema.json",
 }
 

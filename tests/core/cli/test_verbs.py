@@ -134,7 +134,7 @@ def test_plan_for_scripts(here, ran, tiny_llama):
     plan = json.loads(ran("plan", "eight.yaml", "--json"))
     assert plan["model"]["parameters"] == sum(p.numel() for p in tiny_llama().module.parameters())
     assert [step["name"] for step in plan["steps"]] == ["quantize.rtn"]
-    assert plan["limits"] == {"max_batch_size": 2, "max_length": 96}
+    assert plan["limits"] == {"max_batch_size": 2, "max_length": 96, "kv_cache_tokens": None}
     assert plan["lowering"]["weights:int8-channel"]["native"] is False
     assert plan["recipe"]["transforms"][0]["quantize.rtn"]["symmetric"] is True
     assert all(value > 0 for value in plan["estimate"].values())
@@ -254,16 +254,16 @@ def reference(weights, prompt, options, count):
     """The same answer by the engine itself, decoded as a whole."""
     import optkit_backends.torch as backend
     from optkit.engine import Engine, Request, SamplingParams
-    from optkit.engine.text import encode, end_tokens, load_tokenizer
+    from optkit.engine.text import chat, encode, end_tokens, load_tokenizer
     from optkit.steps import Limits
     from optkit_batching.static import Static
 
     tokenizer = load_tokenizer(weights)
     sampled = "--temperature" in options
     params = SamplingParams(max_tokens=24, temperature=0.9 if sampled else 0.0, top_p=1.0, seed=3 if sampled else 0)
-    tokens = encode(tokenizer, prompt, chat="--raw" not in options)
+    tokens = encode(tokenizer, prompt if "--raw" in options else chat(prompt))
     with backend.Torch().open(weights.parent / "runtime", weights, Limits(2, 96)) as session:
-        engine = Engine(session, Static(max_batch_size=2), eos=end_tokens(weights, tokenizer))
+        engine = Engine(session, Static(max_batch_size=2), end_tokens=end_tokens(weights, tokenizer))
         output = [event.token for event in engine.stream(Request(tokens, params))]
     assert len(output) == count
     return tokenizer.decode(output, skip_special_tokens=True)

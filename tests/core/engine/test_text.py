@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optkit.engine.text import Detokenizer, encode, end_tokens, load_tokenizer
-from optkit.errors import MissingError
+from optkit.engine.text import Detokenizer, TextStream, chat, encode, end_tokens, load_tokenizer
+from optkit.errors import MissingError, RequestError
 
 
 def streamed(tokenizer, tokens):
@@ -64,9 +65,55 @@ def test_words_keep_the_spaces_between_them(tiny_tokenizer):
 
 
 def test_a_prompt_goes_through_the_chat_template(tiny_tokenizer):
-    chat = encode(tiny_tokenizer, "Hello", chat=True)
-    assert tiny_tokenizer.decode(chat) == "<|user|>Hello<|assistant|>"
-    assert encode(tiny_tokenizer, "Hello", chat=False) == tuple(tiny_tokenizer("Hello").input_ids)
+    tokens = encode(tiny_tokenizer, chat("Hello"))
+    assert tiny_tokenizer.decode(tokens) == "<|user|>Hello<|assistant|>"
+    assert encode(tiny_tokenizer, "Hello") == tuple(tiny_tokenizer("Hello").input_ids)
+    assert encode(tiny_tokenizer, [3, 1, 2]) == (3, 1, 2)
+
+
+def test_messages_that_no_template_takes_are_refused(tiny_tokenizer):
+    plain = copy.deepcopy(tiny_tokenizer)
+    plain.chat_template = None
+    with pytest.raises(RequestError, match=r"^the model has no chat template; give text or token ids"):
+        encode(plain, chat("Hello"))
+    plain.chat_template = "{{ raise_exception('system comes first') }}"
+    with pytest.raises(RequestError, match=r"^the chat template refuses the messages \(system comes first\)$"):
+        encode(plain, chat("Hello"))
+
+
+@given(
+    text=st.text(st.sampled_from("ab漢🙂 "), max_size=60),
+    stop=st.lists(st.text(st.sampled_from("ab漢🙂 "), min_size=1, max_size=4), max_size=3).map(tuple),
+)
+def test_text_ends_before_the_first_stop_string_wherever_tokens_are_cut(tiny_tokenizer, text, stop):
+    stream, pieces = TextStream(tiny_tokenizer, stop), []
+    for token in tiny_tokenizer(text).input_ids:
+        pieces.append(stream.push(token))
+        if stream.stopped:
+            break
+    pieces.append(stream.flush())
+    ends = [place for place in (text.find(one) for one in stop) if place >= 0]
+    # Of stop strings that overlap, the one that is complete first counts.
+    complete = min((text.find(one) + len(one) for one in stop if one in text), default=None)
+    joined = "".join(pieces)
+    assert stream.stopped == bool(ends)
+    if complete is None:
+        assert joined == text
+    else:
+        assert text.startswith(joined)
+        assert not any(one in joined for one in stop)
+        assert len(joined) < complete
+
+
+def test_what_may_become_a_stop_string_is_held_back(tiny_tokenizer):
+    stream = TextStream(tiny_tokenizer, ("STOP",))
+    assert [stream.push(tiny_tokenizer(letter).input_ids[0]) for letter in "aSTxSTOPb"] == [
+        "a", "", "", "STx", "", "", "", "", ""
+    ]  # fmt: skip
+    assert (stream.stopped, stream.flush()) == (True, "")
+    unfinished = TextStream(tiny_tokenizer, ("STOP",))
+    assert [unfinished.push(tiny_tokenizer(letter).input_ids[0]) for letter in "aST"] == ["a", "", ""]
+    assert (unfinished.flush(), unfinished.stopped) == ("ST", False)
 
 
 def test_what_ends_an_answer(tiny_folder, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ class PagedSession(TokenSession):
     """A model whose logits are the sum of all tokens so far, which it keeps in blocks of four."""
 
     def __init__(self, blocks: int) -> None:
-        self.caps = Caps("paged", 4, blocks, 2, mixed=True, vocab_size=5)
+        self.caps = Caps("paged", 4, blocks, 2, mixed=True, vocab_size=5, max_length=4 * blocks)
         self.kept: dict[int, list[int]] = {}
         self.steps: list[int] = []
 
@@ -38,6 +39,12 @@ class PagedSession(TokenSession):
             self.kept[row.blocks[position // 4]].append(token)
         sums = (sum(before) + np.cumsum(row.tokens)).astype(np.float32)
         return StepResult((np.repeat(sums[:, None], 5, axis=1),))
+
+    def read_blocks(self, blocks: Sequence[int]) -> np.ndarray:
+        raise NotImplementedError("a scorer moves no blocks")
+
+    def write_blocks(self, blocks: Sequence[int], contents: np.ndarray) -> None:
+        raise NotImplementedError("a scorer moves no blocks")
 
     def profile(self, plan: StepPlan) -> list[KernelTime]:
         return []
@@ -78,7 +85,7 @@ def test_a_window_that_does_not_fit_is_refused(tiny_folder, tmp_path):
     with pytest.raises(MachineError, match="a window of 50 tokens does not fit"):
         SessionScorer(PagedSession(blocks=12)).logits(WINDOW)
     with (
-        Torch().open(tmp_path, tiny_folder, Limits(4, 32)) as session,
+        Torch().open(tmp_path, tiny_folder, Limits(1, 32)) as session,
         pytest.raises(MachineError, match="a window of 50 tokens does not fit"),
     ):
         SessionScorer(session).logits(WINDOW)

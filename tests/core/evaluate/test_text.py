@@ -9,7 +9,7 @@ import pytest
 from optkit.builtin.texts import PythonReference
 from optkit.datasets import Dataset
 from optkit.errors import RecipeError
-from optkit.evaluate import windows
+from optkit.evaluate import paragraphs, sequences, windows
 
 
 class Words(Dataset):
@@ -71,3 +71,32 @@ def test_a_window_that_predicts_nothing_is_refused(tiny_tokenizer):
 
 def test_the_reference_text_of_python_is_long_enough_to_evaluate_on(tiny_tokenizer):
     assert len(windows(tiny_tokenizer, PythonReference(), 16_384, 512)) == 32
+
+
+class Pages(Dataset):
+    """Documents of paragraphs."""
+
+    def texts(self):
+        yield "One two.\n\n  Three.  \n\n\n\n"
+        yield "Four five six seven.\nEight."
+
+
+def test_sequences_are_paragraphs_of_their_own_length(tiny_tokenizer):
+    ids = [tuple(tiny_tokenizer(text)["input_ids"]) for text in ("One two.", "Three.", "Four five six seven.\nEight.")]
+    assert list(paragraphs(Pages())) == ["One two.", "Three.", "Four five six seven.\nEight."]
+    total = sum(map(len, ids))
+    assert sequences(tiny_tokenizer, Pages(), total, 512) == ids
+    assert sequences(tiny_tokenizer, Pages(), total - 1, 512) == ids[:2], "not more than there may be, and none cut"
+    cut = [one[:5] for one in ids]
+    assert sequences(tiny_tokenizer, Pages(), sum(map(len, cut)), 5) == cut
+
+
+def test_sequences_are_prepared_before_they_are_tokens(tiny_tokenizer):
+    wanted = tuple(tiny_tokenizer("THREE.")["input_ids"])
+    assert sequences(tiny_tokenizer, Pages(), 30, 512, str.upper)[1] == wanted
+
+
+def test_too_few_paragraphs_are_refused_with_how_much_there_is(tiny_tokenizer):
+    total = sum(len(tiny_tokenizer(text)["input_ids"]) for text in paragraphs(Pages()))
+    with pytest.raises(RecipeError, match=rf"the dataset has {total} tokens of text, found {total + 1}; lower"):
+        sequences(tiny_tokenizer, Pages(), total + 1, 512)

@@ -15,8 +15,10 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from optkit import hardware
 from optkit.backends import TokenSession
 from optkit.errors import DamagedError, MachineError, RecipeError
+from optkit.hardware import Memory
 from optkit.model import Model
 from optkit.quantized import QuantizedLinear, WeightScheme, replace_module
 from optkit.steps import Limits, Row, StepPlan
@@ -248,6 +250,30 @@ def test_a_slot_starts_anew(llama: tuple[Any, TokenSession]) -> None:
     assert distance(score(session, text(9, 2)), expected(module, text(9, 2))) < 1e-5
 
 
+def test_slots_can_be_read_written_and_copied(llama: tuple[Any, TokenSession]) -> None:
+    module, session = llama
+    first, second = text(30, 1), text(22, 2)
+    session.execute(StepPlan((Row(0, first[:20], 0, (1,)), Row(1, second[:9], 0, (3,)))))
+    ends = Row(0, first[20:], 20, (1,), "all"), Row(1, second[9:], 9, (3,), "all")
+    saved = session.read_blocks([3, 1])
+    before = session.execute(StepPlan(ends)).logits
+    junk = np.full_like(session.read_blocks(range(4)), np.nan)  # as broken sequences would leave them
+    session.write_blocks(range(4), junk)
+    session.write_blocks([0, 2], saved)
+    assert np.array_equal(session.read_blocks([0, 2]), saved)
+    moved = Row(0, first[20:], 20, (2,), "all"), Row(1, second[9:], 9, (0,), "all")
+    after = session.execute(StepPlan(moved)).logits
+    for found, wanted, whole in zip(after, before, (first[:30], second), strict=True):
+        assert np.array_equal(found, wanted)
+        assert distance(found, expected(module, whole)[-len(found) :]) < 1e-5
+    session.copy_blocks([(2, 3), (0, 1)])
+    session.write_blocks([2, 0], junk[:2])
+    copied = Row(0, first[20:], 20, (3,), "all"), Row(1, second[9:], 9, (1,), "all")
+    for found, wanted in zip(session.execute(StepPlan(copied)).logits, before, strict=True):
+        assert np.array_equal(found, wanted)
+    session.write_blocks(range(4), np.zeros_like(junk))
+
+
 def test_a_row_near_its_end_shares_a_step_with_a_whole_prompt(llama: tuple[Any, TokenSession]) -> None:
     module, session = llama
     long, prompt = text(64, 1), text(64, 2)
@@ -362,14 +388,39 @@ def test_a_session_is_bounded_by_the_model_and_the_machine(tmp_path: Path) -> No
     directory = compiled(tiny(), tmp_path)
     with pytest.raises(RecipeError, match="the model knows 128 positions, found 129"):
         EXACT.open(directory, directory, Limits(1, 129))
-    with pytest.raises(MachineError, match="the KV cache needs"):
-        EXACT.open(directory, directory, Limits(1 << 30, 128))
     tokens = text(128)
     with EXACT.open(directory, directory, Limits(2, 128)) as session:
         assert (session.caps.kv, session.caps.block_size, session.caps.blocks) == ("slot", 128, 2)
         plan = StepPlan((Row(0, tokens, 0, (0,), "all"), Row(1, tokens[:3], 0, (1,))))
         assert distance(session.execute(plan).logits[0], expected(tiny(), tokens)) < 1e-5
     session.close()
+
+
+def test_there_are_as_many_slots_as_sequences_or_as_memory_allows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = compiled(tiny(), tmp_path)
+    slot = 2 * 2 * 2 * 65 * 32 * 4  # layers, keys and values, heads, places, numbers, bytes
+
+    def slots(limits: Limits) -> int:
+        with EXACT.open(directory, directory, limits) as session:
+            assert session.caps.max_batch_size == session.caps.blocks
+            assert session.caps.max_length == session.caps.block_size == limits.max_length
+            return session.caps.blocks
+
+    assert slots(Limits(3, 64)) == 3
+    assert slots(Limits(8, 64, kv_cache_tokens=5 * 64 + 63)) == 5
+    assert slots(Limits(2, 64, kv_cache_tokens=5 * 64)) == 2
+    with pytest.raises(MachineError, match="takes up to 64 tokens of KV cache, found 63; raise kv_cache_tokens"):
+        slots(Limits(2, 64, kv_cache_tokens=63))
+    monkeypatch.setattr(hardware, "memory", lambda: Memory(1 << 40, 5 * slot))
+    assert slots(Limits(1 << 30, 64)) == 4
+    assert slots(Limits(1 << 30, 64, kv_cache_tokens=320)) == 5
+    with pytest.raises(MachineError, match="cache of 384 tokens needs 390 KiB, and 325 KiB are free; lower kv_cache"):
+        slots(Limits(1 << 30, 64, kv_cache_tokens=384))
+    monkeypatch.setattr(hardware, "memory", lambda: Memory(1 << 40, slot))
+    with pytest.raises(MachineError, match=r"one sequence of 64 tokens needs 65 KiB .* 52 KiB are free for it"):
+        slots(Limits(1, 64))
 
 
 def test_what_the_graph_cannot_express_is_refused(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -12,17 +13,17 @@ import numpy as np
 import numpy.typing as npt
 import onnxruntime
 
-from optkit import hardware
 from optkit.backends import TokenSession
-from optkit.errors import DamagedError, MachineError, RecipeError
+from optkit.errors import DamagedError, RecipeError
 from optkit.steps import Caps, KernelTime, Limits, Row, StepPlan, StepResult
 from optkit_backends.onnxruntime.files import GRAPH, Facts
 from optkit_backends.onnxruntime.trace import kernel_times
+from optkit_backends.room import blocks_that_fit
 
 __all__ = ["OnnxSession"]
 
 Floats = npt.NDArray[np.float32]
-Layout = tuple[tuple[int, int, str], ...]
+Layout = tuple[tuple[int, int, range], ...]
 # Layouts that stay bound, the most recent ones: steps of decoding repeat theirs, those of prompts seldom do.
 LAYOUTS = 64
 
@@ -38,30 +39,35 @@ class OnnxSession(TokenSession):
                 found=limits.max_length,
                 remedy=f"set max_length to {facts.max_length} or less",
             )
-        self.caps = Caps(
-            kv="slot",
-            block_size=limits.max_length,
-            blocks=limits.max_batch_size,
-            max_batch_size=limits.max_batch_size,
-            mixed=True,
-            vocab_size=facts.vocab_size,
-        )
-        # Attention wants room for the padding of a step too: with one place more, an idle slot always has it.
-        self._capacity = limits.max_length + 1
-        shape = (limits.max_batch_size, facts.kv_heads, self._capacity, facts.head_dim)
-        needed, free = 2 * facts.layers * int(np.prod(shape)) * 4, hardware.memory().available
-        if needed > free:
-            raise MachineError(
-                f"the KV cache needs {needed >> 20} MiB and {free >> 20} are free",
-                remedy="lower max_batch_size or max_length",
-            )
         self._graph = directory / GRAPH
         self._load = partial(_load, self._graph, threads=threads, spin=spin)
         self._session: Any = self._load()
         self._launches: dict[Layout, _Launch] = {}
+        # Attention wants room for the padding of a step too: with one place more, an idle slot always has it.
+        self._capacity = limits.max_length + 1
+        shape = (facts.kv_heads, self._capacity, facts.head_dim)
+        most, tokens = limits.max_batch_size, limits.kv_cache_tokens
+        slots = blocks_that_fit(
+            limits,
+            wanted=most if tokens is None else min(most, tokens // limits.max_length),
+            block_size=limits.max_length,
+            block_bytes=2 * facts.layers * math.prod(shape) * 4,
+        )
+        # Zeros are pages that the kernel gives when they are written, so memory grows with use.
         self._cache = {
-            f"{layer}.{kind}": np.zeros(shape, np.float32) for layer in range(facts.layers) for kind in ("key", "value")
+            f"{layer}.{kind}": np.zeros((slots, *shape), np.float32)
+            for layer in range(facts.layers)
+            for kind in ("key", "value")
         }
+        self.caps = Caps(
+            kv="slot",
+            block_size=limits.max_length,
+            blocks=slots,
+            max_batch_size=slots,
+            mixed=True,
+            vocab_size=facts.vocab_size,
+            max_length=limits.max_length,
+        )
 
     def execute(self, plan: StepPlan) -> StepResult:
         logits: dict[int, Floats] = {}
@@ -76,6 +82,19 @@ class OnnxSession(TokenSession):
         if len(self._launches) > LAYOUTS:
             del self._launches[next(iter(self._launches))]
         return launch
+
+    def read_blocks(self, blocks: Sequence[int]) -> npt.NDArray[np.generic]:
+        # [slots, layers * 2, kv_heads, capacity, head_dim]
+        return np.stack([whole[list(blocks)] for whole in self._cache.values()], axis=1)
+
+    def write_blocks(self, blocks: Sequence[int], contents: npt.NDArray[np.generic]) -> None:
+        for index, whole in enumerate(self._cache.values()):
+            whole[list(blocks)] = contents[:, index]
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        for whole in self._cache.values():
+            for source, target in pairs:
+                whole[target] = whole[source]
 
     def profile(self, plan: StepPlan) -> list[KernelTime]:
         with tempfile.TemporaryDirectory() as folder:
@@ -119,7 +138,7 @@ class _Launch:
             end = start + count
             spread[row, :count] = np.arange(start, end)
             places[start:end, 0], places[start:end, 1] = row, np.arange(count)
-            kept += range({"none": end, "last": end - 1, "all": start}[wanted], end)
+            kept += range(start + wanted.start, start + wanted.stop)
             self._ends.append(len(kept))
             start = end
         self._width, self._logits_shape = width, (len(kept), vocab_size)
@@ -155,7 +174,7 @@ class _Launch:
 
 
 def _layout(rows: Sequence[Row]) -> Layout:
-    return tuple((row.blocks[0], len(row.tokens), row.logits) for row in rows)
+    return tuple((row.blocks[0], len(row.tokens), row.wanted) for row in rows)
 
 
 def _launches(rows: Sequence[Row], capacity: int) -> list[list[Row]]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from optkit.backends import Backend, Lowering, TokenSession
+from optkit.backends import Backend, Lowering, TensorSession, TokenSession
 from optkit.model import Model, ModelCard
 from optkit.steps import Limits
+from optkit.weights import CAUSAL_LM, FEATURE_EXTRACTION, holds_encoder
 
 __all__ = ["Torch"]
 
@@ -15,8 +16,11 @@ __all__ = ["Torch"]
 class Torch(Backend):
     """Eager PyTorch in float32. Nothing is compiled; integer weights are dequantized when the session opens.
 
-    The reference for quality and for other backends' parity. It is not meant to be fast: a quantized model takes the
-    memory of the float one here, and only its files are smaller.
+    The reference for quality and for other backends' parity. A quantized model takes the memory of the float one here,
+    and only its files are smaller. Steps are packed, so layers see no padding, and the KV cache is paged in blocks of
+    16 tokens, so it runs any batching strategy. It takes every causal language model whose attention transformers lets
+    others replace, with a sliding window or without; others are refused when they are opened. Encoders run in padded
+    batches.
     """
 
     def unavailable(self) -> str | None:
@@ -31,18 +35,23 @@ class Torch(Backend):
                 tolerance=1e-5,
                 reason="dequantized when opened, so only files shrink",
             )
-        if "task:causal-lm" not in tags:
+        if not tags & {CAUSAL_LM, FEATURE_EXTRACTION}:
             task = next((tag for tag in sorted(tags) if tag.startswith("task:")), "task:unknown")
-            lowered[task] = Lowering("", native=False, reason="only causal language models run on it")
+            lowered[task] = Lowering("", native=False, reason="only causal language models and encoders run on it")
         return lowered
 
     def runtime_bytes(self, card: ModelCard, weight_bytes: int) -> int:
+        # Integers are freed layer by layer as floats take their place.
         return card.parameters * 4
 
     def compile(self, model: Model, directory: Path) -> None:
         """Write nothing: the `weights` folder is all that the session needs."""
 
-    def open(self, runtime: Path, weights: Path, limits: Limits) -> TokenSession:
+    def open(self, runtime: Path, weights: Path, limits: Limits) -> TokenSession | TensorSession:
+        if holds_encoder(weights):
+            from optkit_backends.torch.tensors import TorchTensorSession
+
+            return TorchTensorSession(weights)
         from optkit_backends.torch.session import TorchSession
 
         return TorchSession(weights, limits)

@@ -1,165 +1,129 @@
-"""A transformers module as a session: slots of KV cache, ragged rows in one padded batch."""
+"""A transformers module as a session: the new tokens of all rows on one axis, keys and values in paged blocks."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 from optkit.backends import TokenSession
-from optkit.errors import RecipeError
-from optkit.quantized import quantized_layers, replace_module
 from optkit.steps import Caps, KernelTime, Limits, StepPlan, StepResult
 from optkit.weights import load_folder
+from optkit_backends.room import blocks_that_fit
+from optkit_backends.torch.attention import Attention, PagedAttention
+from optkit_backends.torch.dense import make_dense
+from optkit_backends.torch.pool import BLOCK_SIZE, Pool
+from optkit_backends.torch.probe import paged_layers
 
 __all__ = ["TorchSession"]
 
 
 class TorchSession(TokenSession):
-    """Runs the model of a weights folder; see `optkit.backends.TokenSession`."""
+    """Runs the model of a weights folder; see `optkit.backends.TokenSession`.
+
+    A row's logits come from its own tokens and blocks alone. They still can differ in the last bits with what else is
+    in the step, because matrix products of another number of rows may run another kernel, which sums in another order.
+    """
 
     def __init__(self, weights: Path, limits: Limits) -> None:
         module: Any = load_folder(weights).module
-        self._module = module
-        config = module.config
-        window = getattr(config, "sliding_window", None)
-        if window and window < limits.max_length and getattr(config, "use_sliding_window", True):
-            raise RecipeError(
-                f"the model attends to a window of {window} tokens, the torch backend only to whole sequences",
-                found=limits.max_length,
-                remedy=f"set max_length to {window} or less",
-            )
-        for name, layer in list(quantized_layers(self._module)):
-            dense = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
-            dense.weight = nn.Parameter(layer.dequantized(), requires_grad=False)
-            if layer.bias is not None:
-                dense.bias = nn.Parameter(layer.bias, requires_grad=False)
-            replace_module(self._module, name, dense)
-        self._layers = [_SlotLayer(limits) for _ in range(config.num_hidden_layers)]
+        make_dense(module)
+        layers = paged_layers(module, limits.max_length, weights)
+        tokens = limits.kv_cache_tokens
+        each = -(-limits.max_length // BLOCK_SIZE)
+        blocks = blocks_that_fit(
+            limits,
+            wanted=limits.max_batch_size * each if tokens is None else -(-tokens // BLOCK_SIZE),
+            block_size=BLOCK_SIZE,
+            block_bytes=sum(layer.block_bytes for layer in layers),
+        )
+        self._module, self._pool = module, Pool(layers, blocks)
         self.caps = Caps(
-            kv="slot",
-            block_size=limits.max_length,
-            blocks=limits.max_batch_size,
+            kv="paged",
+            block_size=BLOCK_SIZE,
+            blocks=blocks,
             max_batch_size=limits.max_batch_size,
             mixed=True,
-            vocab_size=config.vocab_size,
+            vocab_size=module.config.vocab_size,
+            max_length=limits.max_length,
         )
 
     def execute(self, plan: StepPlan) -> StepResult:
-        with torch.inference_mode():
-            return self._execute(plan)
+        step = PagedAttention(plan.rows, self._pool)
+        return self._run(plan, step, step)
 
-    def _execute(self, plan: StepPlan) -> StepResult:
-        rows = plan.rows
-        width, total = max(len(row.tokens) for row in rows), max(row.computed + len(row.tokens) for row in rows)
-        tokens = torch.zeros(len(rows), width, dtype=torch.long)
-        for index, row in enumerate(rows):
-            tokens[index, : len(row.tokens)] = torch.tensor(row.tokens)
-        slots = torch.tensor([row.blocks[0] for row in rows])
-        counts = torch.tensor([len(row.tokens) for row in rows])
-        positions = torch.tensor([row.computed for row in rows])[:, None] + torch.arange(width)
-        real = torch.arange(width) < counts[:, None]
-        for layer in self._layers:
-            layer.start(slots, positions, real, total)
-        # Padding queries get positions past their row's end: they see only what is there, and nobody reads them.
-        mask = (torch.arange(total) <= positions[:, :, None])[:, None]
-        if all(row.logits == "all" for row in rows):
-            kept = torch.arange(width)
-        else:
-            kept = torch.tensor(
-                sorted({p for row in rows for p in _wanted(row.logits, len(row.tokens))}), dtype=torch.long
-            )
-        logits = self._module(
-            input_ids=tokens,
-            attention_mask=mask,
-            position_ids=positions.clamp(max=self.caps.block_size - 1),
-            past_key_values=Cache(layers=list(self._layers)),
-            use_cache=True,
-            logits_to_keep=kept if len(kept) else 1,
-        ).logits.float()
-        column = {int(position): index for index, position in enumerate(kept)}
-        return StepResult(
-            tuple(
-                logits[index, [column[p] for p in _wanted(row.logits, len(row.tokens))]].numpy()
-                for index, row in enumerate(rows)
-            )
-        )
+    def _run(self, plan: StepPlan, step: PagedAttention, attention: Attention) -> StepResult:
+        kept: list[int] = []
+        ends: list[int] = []
+        end = 0
+        for row in plan.rows:
+            start, end = end, end + len(row.tokens)
+            kept += range(start + row.wanted.start, start + row.wanted.stop)
+            ends.append(len(kept))
+        with torch.inference_mode():
+            logits = self._module(
+                input_ids=step.tokens,
+                position_ids=step.positions,
+                use_cache=False,
+                logits_to_keep=torch.tensor(kept, dtype=torch.long),
+                paged=attention,
+            ).logits
+        array = logits[0].float().numpy()
+        return StepResult(tuple(array[a:b] for a, b in zip([0, *ends], ends, strict=False)))
+
+    def read_blocks(self, blocks: Sequence[int]) -> npt.NDArray[np.generic]:
+        return self._pool.read(blocks)
+
+    def write_blocks(self, blocks: Sequence[int], contents: npt.NDArray[np.generic]) -> None:
+        self._pool.write(blocks, contents)
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        self._pool.copy(pairs)
 
     def profile(self, plan: StepPlan) -> list[KernelTime]:
         self.execute(plan)  # warm up; to run a row again writes the same keys and values
         times: list[KernelTime] = []
         hooks = []
         started: dict[nn.Module, float] = {}
-        for name, layer in self._module.named_modules():
+        names = {layer: name for name, layer in self._module.named_modules()}
+        for layer, name in names.items():
             if next(layer.children(), None) is None:
                 hooks.append(layer.register_forward_pre_hook(lambda m, _: started.update({m: time.perf_counter()})))
                 hooks.append(layer.register_forward_hook(_recorder(name, started, times)))
         try:
             begin = time.perf_counter()
-            self.execute(plan)
+            step = PagedAttention(plan.rows, self._pool)
+            self._run(plan, step, _Timed(step, names, times))
             whole = time.perf_counter() - begin
         finally:
             for hook in hooks:
                 hook.remove()
         rest = whole - sum(entry.seconds for entry in times)
-        return [*times, KernelTime("attention, residuals and dispatch", "eager", max(rest, 0.0))]
+        return [*times, KernelTime("residuals, rotary angles and dispatch", "eager", max(rest, 0.0))]
 
     def close(self) -> None:
         self._module = None
-        self._layers = []
+        self._pool = Pool((), 0)
 
 
-class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers ships no types
-    """One layer's keys and values, `[slots, heads, max_length, head_dim]`, written at each row's own positions."""
+class _Timed:
+    """Attention that notes how long it took in each layer."""
 
-    is_sliding = False
+    def __init__(self, inner: Attention, names: dict[nn.Module, str], times: list[KernelTime]) -> None:
+        self._inner, self._names, self._times = inner, names, times
 
-    def __init__(self, limits: Limits) -> None:
-        super().__init__()
-        self._limits = limits
-
-    def start(self, slots: Tensor, positions: Tensor, real: Tensor, total: int) -> None:
-        """Set where the next `update` writes: `[rows]` slots, `[rows, width]` positions and which of them are real."""
-        self._slots, self._total, self._real = slots, total, real
-        self._slot_of, self._position_of = slots[:, None].expand_as(positions)[real], positions[real]
-        first = int(slots[0])
-        ascending = torch.equal(slots, torch.arange(first, first + len(slots)))
-        # Neighbouring slots are read as a view; others are gathered, which copies.
-        self._window = slice(first, first + len(slots)) if ascending else slots
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        _, heads, _, head_dim = key_states.shape
-        shape = (self._limits.max_batch_size, heads, self._limits.max_length, head_dim)
-        # Zeros and not empty memory: a masked NaN would still poison the weighted sum.
-        self.keys = torch.zeros(shape, dtype=key_states.dtype)
-        self.values = torch.zeros(shape[:3] + value_states.shape[3:], dtype=value_states.dtype)
-        self.is_initialized = True
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None
-        assert self.values is not None
-        self.keys[self._slot_of, :, self._position_of] = key_states.transpose(1, 2)[self._real]
-        self.values[self._slot_of, :, self._position_of] = value_states.transpose(1, 2)[self._real]
-        return self.keys[self._window][:, :, : self._total], self.values[self._window][:, :, : self._total]
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._total, 0
-
-    def get_seq_length(self) -> int:
-        return self._total
-
-    def get_max_length(self) -> int:
-        return self._limits.max_length
-
-
-def _wanted(logits: str, count: int) -> list[int]:
-    return {"none": [], "last": [count - 1], "all": list(range(count))}[logits]
+    def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
+        begin = time.perf_counter()
+        found = self._inner.attend(module, query, key, value, options)
+        seconds = time.perf_counter() - begin
+        self._times.append(KernelTime(self._names[module], "scaled_dot_product_attention, paged", seconds))
+        return found
 
 
 def _recorder(name: str, started: dict[nn.Module, float], times: list[KernelTime]) -> Any:

@@ -1,0 +1,77 @@
+"""Keys and values of all layers, in blocks of a few tokens that belong to any sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+__all__ = ["BLOCK_SIZE", "LayerShape", "Pool"]
+
+BLOCK_SIZE = 16
+FLOAT_BYTES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """What one layer keeps of a token: `heads` keys of `key_dim` numbers and as many values of `value_dim`."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def block_bytes(self) -> int:
+        return BLOCK_SIZE * self.heads * (self.key_dim + self.value_dim) * FLOAT_BYTES
+
+
+class Pool:
+    """The KV cache: token `offset` of block `b` stands at place `b * BLOCK_SIZE + offset`.
+
+    Memory is committed as it is written. What was never written is zero, so that it can be masked: NaN could not.
+
+    Attributes:
+        keys: of each layer `[heads, places, key_dim]` float32.
+        values: of each layer `[heads, places, value_dim]` float32.
+    """
+
+    def __init__(self, layers: Sequence[LayerShape], blocks: int) -> None:
+        self._blocks = blocks
+        self.keys = [self._zeros(layer.heads, layer.key_dim) for layer in layers]
+        self.values = [self._zeros(layer.heads, layer.value_dim) for layer in layers]
+
+    def _zeros(self, heads: int, dim: int) -> Tensor:
+        # numpy's zeros are pages that the kernel gives when they are written; torch writes all of them at once.
+        return torch.from_numpy(np.zeros((heads, self._blocks * BLOCK_SIZE, dim), np.float32))
+
+    def read(self, blocks: Sequence[int]) -> npt.NDArray[np.float32]:
+        """A copy of some blocks, `[blocks, numbers]`: layer by layer the keys, then the values likewise."""
+        ids = torch.tensor(blocks, dtype=torch.long)
+        parts = [whole[:, ids].transpose(0, 1).flatten(1) for whole in self._by_block()]
+        contents: npt.NDArray[np.float32] = torch.cat(parts, dim=1).numpy()
+        return contents
+
+    def write(self, blocks: Sequence[int], contents: npt.NDArray[np.generic]) -> None:
+        """Put what `read` gave into blocks."""
+        ids = torch.tensor(blocks, dtype=torch.long)
+        given = torch.from_numpy(np.require(contents, np.float32, ["C", "W"]))  # torch warns of read-only arrays
+        start = 0
+        for whole in self._by_block():
+            heads, _, size = whole.shape
+            part = given[:, start : start + heads * size]
+            whole[:, ids] = part.reshape(len(blocks), heads, size).transpose(0, 1)
+            start += heads * size
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy the first block of each pair to the second."""
+        sources, targets = torch.tensor(pairs, dtype=torch.long).reshape(-1, 2).unbind(1)
+        for whole in self._by_block():
+            whole[:, targets] = whole[:, sources]
+
+    def _by_block(self) -> list[Tensor]:
+        """Views `[heads, blocks, numbers]`."""
+        return [whole.view(len(whole), self._blocks, -1) for whole in (*self.keys, *self.values)]

@@ -1,0 +1,41 @@
+"""A transformers encoder as a session: padded batches in, the last layer's output back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from optkit.backends import TensorSession
+from optkit.weights import load_folder
+from optkit_backends.torch.dense import make_dense
+
+__all__ = ["TorchTensorSession"]
+
+
+class TorchTensorSession(TensorSession):
+    """Runs the encoder of a weights folder in float32; see `optkit.backends.TensorSession`.
+
+    Inputs are `input_ids` and `attention_mask` `[batch, tokens]` int64, padded on the right; the output is
+    `last_hidden_state` `[batch, tokens, hidden]` float32. What it says of padding means nothing.
+    """
+
+    def __init__(self, weights: Path) -> None:
+        self.inputs = {"input_ids": (None, None), "attention_mask": (None, None)}
+        self.outputs = ("last_hidden_state",)
+        module: Any = load_folder(weights).module
+        make_dense(module)
+        self._module = module
+
+    def run(self, inputs: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, npt.NDArray[np.generic]]:
+        ids, mask = (torch.from_numpy(inputs[name]) for name in self.inputs)
+        with torch.inference_mode():
+            hidden = self._module(input_ids=ids, attention_mask=mask).last_hidden_state
+        return {"last_hidden_state": hidden.float().numpy()}
+
+    def close(self) -> None:
+        self._module = None
