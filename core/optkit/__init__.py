@@ -5,20 +5,24 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from optkit.engine.async_llm import AsyncLLM
+    from optkit.engine.client import WorkerEngine
     from optkit.engine.encoder import Encoder
     from optkit.engine.llm import LLM
     from optkit.engine.opened import Speculation
     from optkit.engine.request import SamplingParams, Structure
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Encoder", "SamplingParams", "Speculation", "Structure"]
+__all__ = ["LLM", "AsyncLLM", "Encoder", "SamplingParams", "Speculation", "Structure", "WorkerEngine"]
 
 _PLACES = {
     "LLM": "optkit.engine.llm",
+    "AsyncLLM": "optkit.engine.async_llm",
     "Encoder": "optkit.engine.encoder",
     "SamplingParams": "optkit.engine.request",
     "Speculation": "optkit.engine.opened",
     "Structure": "optkit.engine.request",
+    "WorkerEngine": "optkit.engine.client",
 }
 
 
