@@ -27,7 +27,7 @@ __all__ = ["OpenedEngine", "Speculation", "engine_over", "open_engine"]
 
 
 class Speculation(Options):
-    """Guess several tokens and check them in one step. Changes how fast output comes, never what it is.
+    """Guess several tokens and check them in one step. The model still decides every token: only the speed changes.
 
     Requests with penalties or a structure decode without guesses.
     """

@@ -275,6 +275,12 @@ def test_the_chat_template_is_used_unless_raw(here, ran):
     assert chat["prompt_tokens"] > raw["prompt_tokens"]
 
 
+@pytest.mark.parametrize("draft", ["lookup", "made/eight"])
+def test_guesses_change_no_answer(here, ran, draft):
+    told = ["generate", "made/eight", "Paris", "--max-tokens", "16"]
+    assert ran(*told, "--draft", draft) == ran(*told)
+
+
 def test_a_prompt_that_does_not_fit_is_refused(here, optkit):
     line = "optkit: generate: the artifact holds 96 tokens, the prompt takes {}; shorten the prompt{}\n"
     said = optkit("generate", "made/eight", "Z" * 96, "--raw")
