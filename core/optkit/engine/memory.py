@@ -88,6 +88,8 @@ class Memory:
         """
         missing = -(-(sequence.computed + tokens) // self._block_size) - len(sequence.blocks)
         if missing > 0:
+            if missing > self.pool.free:
+                raise MemoryError(f"{missing} blocks are needed and {self.pool.free} are free")
             sequence.blocks += tuple(self.pool.take() for _ in range(missing))
         written = sequence.computed // self._block_size
         before = sequence.blocks[written]

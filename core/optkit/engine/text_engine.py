@@ -99,7 +99,7 @@ class TextEngine:
         return deltas
 
     def _take(self, request: _Open, output: _Output, event: Event) -> None:
-        output.prompt = event.prompt
+        output.prompt = event.prompt or output.prompt
         output.finished, output.error = event.finished, event.error
         if event.token is not None:
             output.count += 1

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optkit.batching import Batcher, Schedule, Wait
+from optkit.batching import Batcher, Schedule, Share, Wait
 from optkit.engine import Engine, Event, Request, SamplingParams, Structure
 from optkit.engine.speculation import DraftModel, PromptLookup
 from optkit.errors import OptkitError, RequestError
@@ -398,6 +398,28 @@ def test_ten_thousand_requests_with_random_cancels_each_end_once():
     assert len(ends) == added >= 10_000
     assert set(ends.values()) == {1}
     assert engine.stats.used_blocks == 0
+    engine.check()
+
+
+class Reckless(Batcher):
+    @property
+    def max_sequences(self) -> int:
+        return 8
+
+    def plan(self, waiting, running, memory, now) -> Schedule | Wait:
+        everybody = [one for request in (*running, *waiting) for one in request.sequences]
+        return Schedule(tuple(Share(one.id, one.pending) for one in everybody))
+
+
+def test_a_strategy_that_promises_too_much_fails_requests_and_loses_no_block():
+    requests = [Request((n,) * 14, SamplingParams(max_tokens=20, ignore_eos=True)) for n in range(4)]
+    engine = Engine(ScriptedSession(11, 4, max_length=40), Reckless())
+    ids = [engine.add(request) for request in requests]
+    found = events(engine)
+    ended = {event.request: event for event in found if event.last}
+    assert [ended[identity].finished for identity in ids] == ["length", "error", "error", "error"]
+    assert "blocks are needed and" in ended[ids[-1]].error
+    assert [event.token for event in found if event.request == ids[0]] == alone(requests[0])[0]
     engine.check()
 
 
