@@ -97,10 +97,6 @@ class ScriptedSession(TokenSession):
     def write_blocks(self, blocks: Sequence[int], contents: npt.NDArray[np.generic]) -> None:
         self._tokens[list(blocks)] = contents
 
-    def forget(self, blocks: Sequence[int]) -> None:
-        """Spoil blocks that nobody should read any more."""
-        self._tokens[list(blocks)] = _EMPTY
-
     def profile(self, plan: StepPlan) -> list[KernelTime]:
         self.execute(plan)
         return [KernelTime("script", "python", 0.0)]
