@@ -20,13 +20,11 @@ from optkit.artifact import open_artifact, writing
 from optkit.engine.batch_lines import Counts, Input, Line, answers_all, check, recorded
 from optkit.engine.openai import (
     BODIES,
-    ChatBody,
-    CompletionBody,
-    chat_answer,
-    completion_answer,
+    LanguageBody,
     error_body,
     invalid,
 )
+from optkit.engine.openai import answer as answer_of
 from optkit.engine.opened import OpenedEngine, Speculation, open_engine
 from optkit.engine.outputs import Collector, Completion, Delta
 from optkit.engine.text import encode
@@ -218,7 +216,7 @@ class _Job:
     """One line that is being answered; it has several prompts if its body has."""
 
     line: Line
-    body: ChatBody | CompletionBody
+    body: LanguageBody
     prompts: list[tuple[int, ...]]
     requests: list[int] = field(default_factory=list)
     completions: dict[int, Completion] = field(default_factory=dict)
@@ -254,7 +252,7 @@ class _Run:
                 raise RequestError("stream: a batch file has nobody to stream to")
             job = _Job(line, body, [encode(self._tokenizer, prompt) for prompt in body.prompts()])
             for prompt in job.prompts:
-                params = body.params(len(prompt), self._max_length)
+                params = body.params(len(prompt), self._max_length, self._tokenizer)
                 job.requests.append(self._engine.add(prompt, params))
                 self._open[job.requests[-1]] = job, Collector(params, len(prompt))
         except (ValidationError, RequestError) as error:
@@ -284,15 +282,13 @@ class _Run:
 
     def _body(self, job: _Job) -> dict[str, Any]:
         head = {
-            "id": f"cmpl-{job.line.id}",
+            "id": f"{job.body.prefix}{job.line.id}",
             "created": int(time.time()),
             "model": job.body.model or self._name,
             "system_fingerprint": self._fingerprint,
         }
         completions = [job.completions[request] for request in job.requests]
-        if isinstance(job.body, ChatBody):
-            return chat_answer(job.body, completions[0], self._tokenizer, **head)
-        return completion_answer(job.body, job.prompts, completions, self._tokenizer, **head)
+        return answer_of(job.body, job.prompts, completions, self._tokenizer, **head)
 
     def _answer(self, line: Line, status: int, body: dict[str, Any]) -> None:
         response = {"status_code": status, "request_id": line.id, "body": body}

@@ -86,8 +86,10 @@ class Counts:
             self.failed += 1
             return
         self.succeeded += 1
-        self.prompt_tokens += response["body"]["usage"]["prompt_tokens"]
-        self.output_tokens += response["body"]["usage"]["completion_tokens"]
+        usage = response["body"]["usage"]
+        # Responses have names of their own.
+        self.prompt_tokens += usage.get("prompt_tokens", usage.get("input_tokens"))
+        self.output_tokens += usage.get("completion_tokens", usage.get("output_tokens"))
 
 
 def check(file: Path, artifact: str) -> Input:

@@ -13,7 +13,7 @@ from optkit.engine.opened import OpenedEngine, Speculation, open_engine
 from optkit.engine.outputs import Collector, Completion
 from optkit.engine.request import SamplingParams
 from optkit.engine.stats import Stats
-from optkit.engine.text import Prompt
+from optkit.engine.text import Chat, Prompt
 from optkit.engine.text_engine import TextEngine
 from optkit.errors import RequestError
 from optkit.plugins import Plugins
@@ -155,7 +155,7 @@ class _Bar:
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    if isinstance(prompts, str):
+    if isinstance(prompts, str | Chat):
         return [prompts]
     if prompts and (isinstance(prompts[0], int) or _is_message(prompts[0])):
         return [cast("Prompt", prompts)]

@@ -32,11 +32,14 @@ class Structure(Options):
     """A regular expression that the whole output matches."""
     choice: Annotated[tuple[str, ...], BeforeValidator(_listed)] = ()
     """One of these texts."""
+    grammar: str | None = None
+    """A grammar in the Lark syntax of https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md"""
 
     @model_validator(mode="after")
     def _one(self) -> Structure:
-        if (self.json_schema is not None) + (self.regex is not None) + bool(self.choice) != 1:
-            raise ValueError("give exactly one of json_schema, regex and choice")
+        given = (self.json_schema is not None, self.regex is not None, bool(self.choice), self.grammar is not None)
+        if sum(given) != 1:
+            raise ValueError("give exactly one of json_schema, regex, choice and grammar")
         return self
 
 

@@ -18,12 +18,12 @@ import numpy.typing as npt
 from optkit.engine.request import Structure
 from optkit.errors import RequestError
 
-__all__ = ["Matcher", "Structures", "allowed_tokens"]
+__all__ = ["WHITESPACE", "Matcher", "Structures", "allowed_tokens"]
 
 _CACHED = 256
 """Compiled structures that are kept, the latest used ones."""
 
-_WHITESPACE = r"[ \n\t]{1,64}"
+WHITESPACE = r"[ \n\t]{1,64}"
 """Between the parts of JSON, where the model may indent as it likes, but not go on with spaces for ever."""
 
 
@@ -129,10 +129,12 @@ def _grammar(structure: Structure) -> str:
     from llguidance import LLMatcher
 
     if structure.json_schema is not None:
-        defaults = {"whitespace_pattern": _WHITESPACE}
+        defaults = {"whitespace_pattern": WHITESPACE}
         return str(LLMatcher.grammar_from_json_schema(structure.json_schema, defaults=defaults))
     if structure.regex is not None:
         return str(LLMatcher.grammar_from_regex(structure.regex))
+    if structure.grammar is not None:
+        return str(LLMatcher.grammar_from_lark(structure.grammar))
     choices = " | ".join(json.dumps(text, ensure_ascii=False) for text in structure.choice)
     return str(LLMatcher.grammar_from_lark(f"start: {choices}"))
 

@@ -9,7 +9,7 @@ from optkit.engine.loop import Engine
 from optkit.engine.outputs import Delta
 from optkit.engine.request import Event, FinishReason, PromptFacts, Request, SamplingParams, TokenLogprob
 from optkit.engine.stats import Stats
-from optkit.engine.text import Prompt, TextStream, encode
+from optkit.engine.text import Prompt, TextStream, encode, kept_tokens
 
 __all__ = ["TextEngine"]
 
@@ -34,6 +34,7 @@ class TextEngine:
         self.tokenizer = tokenizer
         self._engine = engine
         self._end_tokens = end_tokens
+        self._kept = kept_tokens(tokenizer)
         self._requests: dict[int, _Open] = {}
 
     @property
@@ -68,7 +69,7 @@ class TextEngine:
         params = params or SamplingParams()
         tokens = encode(self.tokenizer, prompt)
         identity = self._engine.add(Request(tokens, params, priority, timeout, salt))
-        streams = [TextStream(self.tokenizer, params.stop) for _ in range(params.samples)]
+        streams = [TextStream(self.tokenizer, params.stop, self._kept) for _ in range(params.samples)]
         silent = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(self._end_tokens))
         self._requests[identity] = _Open(params, [_Output(stream) for stream in streams], silent)
         return identity

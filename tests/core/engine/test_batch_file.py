@@ -148,7 +148,7 @@ WRONG = [
     ({"prompt": []}, "the prompt is empty", None),
     ({"prompt": "a", "best_of": 1, "n": 2}, "best_of draws 1 samples", None),
     ({"prompt": "a", "logit_bias": {"x": 1}}, "logit_bias: keys are token ids", None),
-    ({"prompt": "half \ud800"}, "surrogate", None),
+    ({"prompt": "half \ud800"}, "surrogate", "prompt"),
     ({}, "prompt: Field required", "prompt"),
 ]
 

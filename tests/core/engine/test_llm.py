@@ -169,7 +169,7 @@ def test_what_is_no_artifact_or_no_fitting_draft_is_refused(real, tmp_path, tiny
         ({"n": 3, "best_of": 2}, "best_of draws 2 samples and n gives 3 back"),
         ({"min_tokens": 9, "max_tokens": 8}, "min_tokens is 9 and max_tokens 8"),
         ({"stop": ["a", ""]}, "an empty string would stop at once"),
-        ({"structure": {"regex": "a", "choice": ["b"]}}, "exactly one of json_schema, regex and choice"),
+        ({"structure": {"regex": "a", "choice": ["b"]}}, "exactly one of json_schema, regex, choice and grammar"),
         ({"top_q": 1}, "Extra inputs are not permitted"),
     ],
 )

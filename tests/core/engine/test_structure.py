@@ -99,6 +99,19 @@ def test_a_choice_is_one_of_those_given_and_each_can_be(structures, tiny_tokeniz
     assert found == set(CHOICES)
 
 
+def test_text_follows_its_grammar(structures, tiny_tokenizer):
+    grammar = 'start: "<" item ("," item){0,3} ">"\nitem: %json {"enum": [1, "a", null]}'
+    for seed in range(5):
+        text = tiny_tokenizer.decode(generate(structures, Structure(grammar=grammar), seed))
+        assert re.fullmatch(r'<(1|"a"|null)(,(1|"a"|null)){0,3}>', text), text
+
+
+def test_a_structure_is_one_thing():
+    for given in ({}, {"regex": "a", "grammar": "start: /a/"}):
+        with pytest.raises(ValueError, match="give exactly one of json_schema, regex, choice and grammar"):
+            Structure(**given)
+
+
 def test_what_must_be_nothing_is_nothing(structures):
     for structure in (Structure(regex=""), Structure(choice=("",))):
         assert generate(structures, structure, 0) == []
@@ -199,6 +212,7 @@ def test_a_matcher_that_gives_up_says_why(tiny_tokenizer):
         ({"json_schema": {"type": "integer", "minimum": 3, "maximum": 1}}, "Unsatisfiable schema"),
         ({"regex": "a(b"}, "this regex cannot be followed: unclosed group, found 'a(b'; see https://"),
         ({"regex": "a(?=b)"}, "look-ahead"),
+        ({"grammar": "start: nothing"}, "this grammar cannot be followed: at 1(8): unknown name"),
     ],
     ids=str,
 )

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optkit.engine.text import Detokenizer, TextStream, chat, encode, end_tokens, load_tokenizer
+from optkit.engine import wire
+from optkit.engine.text import Chat, Detokenizer, TextStream, chat, encode, end_tokens, kept_tokens, load_tokenizer
 from optkit.errors import MissingError, RequestError
 
 
@@ -79,6 +81,84 @@ def test_messages_that_no_template_takes_are_refused(tiny_tokenizer):
     plain.chat_template = "{{ raise_exception('system comes first') }}"
     with pytest.raises(RequestError, match=r"^the chat template refuses the messages \(system comes first\)$"):
         encode(plain, chat("Hello"))
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ namespace(__class__=1) }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{% for i in range(1000000000) %}a{% endfor %}",
+        "{{ 'x' * 16777217 }}",
+        "{{ messages[0].nothing.at_all }}",
+        "{% if %}",
+        "{{ 1 / 0 }}",
+    ],
+)
+def test_a_template_can_do_nothing_but_write_and_its_faults_show_nothing(tiny_tokenizer, template):
+    hostile = copy.deepcopy(tiny_tokenizer)
+    hostile.chat_template = template
+    with pytest.raises(RequestError) as refused:
+        encode(hostile, chat("a secret"))
+    assert re.fullmatch(
+        r"the chat template (refuses the messages|makes more than 16777216 characters of the messages)",
+        str(refused.value),
+    )
+
+
+def test_templates_run_in_an_immutable_sandbox(tiny_tokenizer):
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    assert isinstance(_compile_jinja_template(tiny_tokenizer.chat_template).environment, ImmutableSandboxedEnvironment)
+
+
+def test_a_chat_says_how_it_goes_on(tiny_tokenizer):
+    turns = [*chat("Hello"), {"role": "assistant", "content": "Well "}]
+    shown = [
+        tiny_tokenizer.decode(encode(tiny_tokenizer, wish))
+        for wish in (
+            turns,
+            Chat(turns),
+            Chat(turns, continue_final=True),
+            Chat(turns, add_generation_prompt=False),
+        )
+    ]
+    half = "<|user|>Hello<|assistant|>Well "
+    assert shown == [f"{half}<|assistant|>", f"{half}<|assistant|>", half, half]
+
+
+def test_tools_need_a_template_that_shows_them(tiny_tokenizer):
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    with pytest.raises(RequestError, match=r"^this model's chat template takes no tools; remove them"):
+        encode(tiny_tokenizer, Chat(chat("a"), tools))
+    able = copy.deepcopy(tiny_tokenizer)
+    able.chat_template = {"default": tiny_tokenizer.chat_template, "tool_use": "{{ tools | tojson }}"}
+    assert able.decode(encode(able, Chat(chat("a"), tools))) == json.dumps(tools)
+    assert able.decode(encode(able, chat("a"))) == "<|user|>a<|assistant|>"
+
+
+def test_a_chat_survives_the_wire():
+    wish = Chat([{"role": "user", "content": "\ud800", "n": [1, None]}], [{"type": "function"}], True, False)
+    assert wire.unpack(wire.pack("submit", 1, wish)[wire.HEADER :]) == ["submit", 1, wish]
+
+
+def test_tokens_around_calls_are_text_and_other_special_ones_are_not(tiny_tokenizer):
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.add_tokens(["<tool_call>", "<|other|>"], special_tokens=True)
+    tokenizer.add_tokens(["</tool_call>"])
+    text = "漢<|other|> a<tool_call>b </tool_call><|other|>c"
+    tokens = [*tokenizer(text).input_ids, tokenizer.eos_token_id]
+    kept = kept_tokens(tokenizer)
+    assert list(kept.values()) == ["<tool_call>"]
+    stream = TextStream(tokenizer, (), kept)
+    pieces = [stream.push(token) for token in tokens]
+    assert "".join(pieces) + stream.flush() == text.replace("<|other|>", "")
+    stopped = TextStream(tokenizer, ("l>b",), kept)
+    assert "".join(stopped.push(token) for token in tokens) == "漢 a<tool_cal"
+    assert kept_tokens(tiny_tokenizer) == {}
 
 
 @given(
