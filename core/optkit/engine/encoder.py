@@ -23,10 +23,58 @@ from optkit.opening import files_of, open_files
 from optkit.plugins import Plugins
 from optkit.weights import FEATURE_EXTRACTION, sentence_files
 
-__all__ = ["Encoder", "check_encoder", "embed", "vocabulary_of"]
+__all__ = ["Encoder", "EncoderText", "check_encoder", "embed", "vocabulary_of"]
 
 Floats = npt.NDArray[np.float32]
 Told = Callable[[int], object]
+
+
+class EncoderText:
+    """From texts to what an encoder gets, as the files of sentence-transformers say. Needs no model.
+
+    Args:
+        weights: the folder with the model's tokenizer.
+        max_length: tokens of one text at most, those that the tokenizer adds included.
+
+    Raises:
+        MissingError: there is no tokenizer.
+        DamagedError: a file is not what sentence-transformers writes.
+    """
+
+    def __init__(self, weights: Path, max_length: int) -> None:
+        self._prepared = preparation_of(sentence_files(weights))
+        self._tokenizer: Any = load_tokenizer(weights)
+        self._max_length = max_length
+        self.truncated = 0
+        """Texts that were longer, and were cut."""
+
+    def tokenize(self, texts: Sequence[str], *, cut: bool) -> list[tuple[int, ...]]:
+        """The token ids that the model gets for each text.
+
+        Args:
+            texts: any number of them.
+            cut: whether a text that is too long is cut, and counted.
+
+        Raises:
+            RequestError: a text has no tokens, or it is too long and is not to be cut.
+        """
+        prepared = [self._prepared(text) for text in texts]
+        found = [tuple(ids) for ids in self._tokenizer(prepared, verbose=False)["input_ids"]] if prepared else []
+        for index, ids in enumerate(found):
+            if not ids:
+                raise RequestError("has no tokens", where=f"text {index}", remedy="leave it out")
+            if len(ids) > self._max_length:
+                if not cut:
+                    raise RequestError(
+                        f"has {len(ids)} tokens, the model takes {self._max_length}",
+                        where=f"text {index}",
+                        remedy="shorten it",
+                    )
+                # Again, and not just cut: the token that ends a text must stay at its end.
+                whole = self._tokenizer(prepared[index], truncation=True, max_length=self._max_length)["input_ids"]
+                found[index] = tuple(whole)
+                self.truncated += 1
+        return found
 
 
 class Encoder:
@@ -55,18 +103,20 @@ class Encoder:
     def __init__(self, path: str | Path, *, plugins: Plugins | None = None) -> None:
         artifact = open_artifact(Path(path))
         check_encoder(artifact)
-        files = sentence_files(artifact.weights)
-        self._pooling, self._prepared = pooling_of(files), preparation_of(files)
-        self._tokenizer: Any = load_tokenizer(artifact.weights)
+        limits = files_of(artifact).limits
+        self._pooling = pooling_of(sentence_files(artifact.weights))
+        self._text = EncoderText(artifact.weights, limits.max_length)
         session, batcher = open_files(artifact.manifest.recipe, files_of(artifact), plugins or Plugins.load())
         assert isinstance(session, TensorSession)
-        limits = files_of(artifact).limits
         self._session: TensorSession = session
         self._engine = TensorEngine(session, batcher, limits, vocabulary_of(artifact.weights))
         self.max_length: int = limits.max_length
         """Tokens of one text at most, those that the tokenizer adds included."""
-        self.truncated = 0
+
+    @property
+    def truncated(self) -> int:
         """Texts that were longer, and were cut."""
+        return self._text.truncated
 
     def encode(self, texts: Sequence[str], *, normalize: bool | None = None, progress: bool = False) -> Floats:
         """Embed texts; the batching strategy of the artifact's recipe decides which run together.
@@ -93,17 +143,7 @@ class Encoder:
 
     def tokenize(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         """The token ids that the model gets for each text; what is too long is cut, and counted."""
-        prepared = [self._prepared(text) for text in texts]
-        found = [tuple(ids) for ids in self._tokenizer(prepared, verbose=False)["input_ids"]]
-        for index, ids in enumerate(found):
-            if len(ids) > self.max_length:
-                # Again, and not just cut: the token that ends a text must stay at its end.
-                cut = self._tokenizer(prepared[index], truncation=True, max_length=self.max_length)["input_ids"]
-                found[index] = tuple(cut)
-                self.truncated += 1
-            elif not ids:
-                raise RequestError("has no tokens", where=f"text {index}", remedy="leave it out")
-        return found
+        return self._text.tokenize(texts, cut=True)
 
     def close(self) -> None:
         """Give back memory and files. Closing twice does nothing."""
@@ -170,11 +210,11 @@ def embed(
             places[engine.add(ids)] = index
         while places:
             ended = engine.step()
-            for encoded in ended:
-                index = places.pop(encoded.request)
-                if encoded.hidden is None:
-                    raise MachineError(f"the model failed ({encoded.error})", where=f"text {index}")
-                rows[index] = pooling(encoded.hidden, normalize=normalize)
+            for outcome in ended:
+                index = places.pop(outcome.request)
+                if outcome.result is None:
+                    raise MachineError(f"the model failed ({outcome.error})", where=f"text {index}")
+                rows[index] = pooling(outcome.result, normalize=normalize)
             if told is not None:
                 told(len(ended))
             if engine.wait:

@@ -1,26 +1,22 @@
-"""The thread that steps an engine while there is work, so that others can submit, cancel and wait."""
+"""The thread of an engine with text at both ends: submissions in, deltas out."""
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 
 from optkit.engine.ledger import Ledger
 from optkit.engine.outputs import Delta
-from optkit.engine.request import FinishReason, SamplingParams
+from optkit.engine.request import SamplingParams
 from optkit.engine.stats import Stats
+from optkit.engine.stepping import Stepping
 from optkit.engine.text import encode
 from optkit.engine.text_engine import TextEngine
 from optkit.errors import MachineError
 
 __all__ = ["Stepper"]
-
-_log = logging.getLogger(__name__)
 
 Deliver = Callable[[Sequence[Delta]], None]
 
@@ -42,11 +38,8 @@ class _Cancellation:
     key: int
 
 
-class Stepper:
-    """Owns an engine's steps. Every method may be called from any thread, and none waits for a step but `close`.
-
-    What goes wrong with one request ends that request. An exception out of the engine itself is a bug: it ends all
-    that is open with an error, and every submission after it is refused; nobody is left waiting.
+class Stepper(Stepping[_Submission | _Cancellation]):
+    """Owns an engine's steps; see `Stepping`.
 
     Args:
         engine: nobody else calls it from now on.
@@ -57,33 +50,16 @@ class Stepper:
     def __init__(self, engine: TextEngine, deliver: Deliver, failed: Callable[[], None] | None = None) -> None:
         # Some tokenizers change their settings at their first call, which no other thread may see half done.
         encode(engine.tokenizer, "a")
-        self._engine, self._deliver, self._failed = engine, deliver, failed
-        self._inbox: deque[_Submission | _Cancellation] = deque()
-        self._changed = threading.Condition()
-        self._closing = False
-        self._failure: str | None = None
+        self._engine, self._deliver = engine, deliver
         self._keys: dict[int, int] = {}
         self._requests: dict[int, int] = {}
         self._ledger = Ledger()
-        self._stepping_since: float | None = None
-        self._thread = threading.Thread(target=self._run, name="optkit-stepper", daemon=True)
-        self._thread.start()
+        super().__init__(failed)
 
     @property
     def stats(self) -> Stats:
         """A copy of the engine's counters; while a step runs they may be in the middle of it."""
         return replace(self._engine.stats)
-
-    @property
-    def failure(self) -> str | None:
-        """What the engine died of, if it did."""
-        return self._failure
-
-    @property
-    def silent(self) -> float:
-        """Seconds that the step under way has taken so far; 0 between steps and when there is nothing to do."""
-        since = self._stepping_since
-        return 0.0 if since is None else time.monotonic() - since
 
     def submit(
         self,
@@ -110,79 +86,22 @@ class Stepper:
             closed or failed. Cancelled before the engine has it, the request never starts.
         """
         accepted: Future[None] = Future()
-        submission = _Submission(key, tokens, params, priority, time.monotonic(), timeout, salt, accepted)
-        with self._changed:
-            if self._failure is None and not self._closing:
-                self._inbox.append(submission)
-                self._changed.notify()
-                return accepted
-        accepted.set_exception(self._refusal())
+        self._put(_Submission(key, tokens, params, priority, time.monotonic(), timeout, salt, accepted))
         return accepted
 
     def cancel(self, key: int) -> None:
         """End a request within one step; its last delta says so. One that is unknown or has ended is left alone."""
-        with self._changed:
-            self._inbox.append(_Cancellation(key))
-            self._changed.notify()
+        self._put(_Cancellation(key))
 
-    def close(self, timeout: float | None = None) -> bool:
-        """Cancel what is open and end the thread, after the step under way. Closing twice does nothing.
+    @property
+    def _pause(self) -> float | None:
+        return (self._engine.wait or 0.0) if self._engine.busy else None
 
-        Args:
-            timeout: seconds to wait at most.
-
-        Returns:
-            Whether the thread has ended, and the engine's session can be closed.
-        """
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        self._thread.join(timeout)
-        return not self._thread.is_alive()
-
-    # --- in the thread
-
-    def _run(self) -> None:
-        try:
-            while self._wait():
-                self._stepping_since = time.monotonic()
-                self._take_in()
-                self._step()
-                self._stepping_since = None
-            self._take_in()
-            for request in self._keys:
-                self._engine.cancel(request)
-            self._step()
-            self._end("cancelled")
-        except BaseException as error:
-            _log.exception("the engine failed")
-            self._end("error", f"the engine failed: {type(error).__name__}: {error}")
-            if self._failed is not None:
-                self._failed()
-
-    def _wait(self) -> bool:
-        """Until there is something to do. False: until `close`."""
-        with self._changed:
-            while not (self._inbox or self._closing):
-                if not self._engine.busy:
-                    self._changed.wait()
-                elif self._engine.wait:
-                    self._changed.wait(self._engine.wait)
-                    break
-                else:
-                    break
-            return not self._closing
-
-    def _take_in(self) -> None:
-        while True:
-            try:
-                message = self._inbox.popleft()
-            except IndexError:
-                return
-            if isinstance(message, _Submission):
-                self._accept(message)
-            elif message.key in self._requests:
-                self._engine.cancel(self._requests[message.key])
+    def _take(self, message: _Submission | _Cancellation) -> None:
+        if isinstance(message, _Submission):
+            self._accept(message)
+        elif message.key in self._requests:
+            self._engine.cancel(self._requests[message.key])
 
     def _accept(self, one: _Submission) -> None:
         if not one.accepted.set_running_or_notify_cancel():
@@ -210,20 +129,15 @@ class Stepper:
         if deltas:
             self._deliver(deltas)
 
-    def _end(self, reason: FinishReason, failure: str = "") -> None:
-        with self._changed:
-            self._closing, self._failure = True, failure or None
-            left = [one for one in self._inbox if isinstance(one, _Submission)]
-            self._inbox.clear()
-        self._stepping_since = None
-        for one in left:
-            if one.accepted.set_running_or_notify_cancel():
-                one.accepted.set_exception(self._refusal())
-        deltas = self._ledger.end(reason, failure)
+    def _cancel_all(self) -> None:
+        for request in self._keys:
+            self._engine.cancel(request)
+
+    def _end_all(self, failure: str) -> None:
+        deltas = self._ledger.end("error" if failure else "cancelled", failure)
         if deltas:
             self._deliver(deltas)
 
-    def _refusal(self) -> MachineError:
-        if self._failure is not None:
-            return MachineError(self._failure, remedy="open it again; the lines on standard error say more")
-        return MachineError("the engine is closed")
+    def _refuse(self, message: _Submission | _Cancellation, error: MachineError) -> None:
+        if isinstance(message, _Submission) and message.accepted.set_running_or_notify_cancel():
+            message.accepted.set_exception(error)

@@ -4,21 +4,27 @@ Every message is a list whose first entry says what it is.
 
 | client to worker | |
 |---|---|
-| `open` | path, plugins to leave out, speculation or nil |
+| `open` | path, plugins to leave out, speculation or nil: a causal language model |
+| `open_tensors` | path, plugins to leave out: a model of one step |
 | `submit` | request, prompt, params as JSON, priority, timeout, salt |
-| `cancel` | request |
+| `cancel` | request, or question of `embed` and `infer` |
 | `encode` | question, prompt |
+| `embed` | question, sequences of token ids, normalize or nil |
+| `infer` | question, arrays by name |
 | `status` | question |
 
 | worker to client | |
 |---|---|
-| `ready` | name, max_length |
+| `ready` | name, max_length; of a model of one step also `encoder`, inputs and outputs: dtype and shape by name |
 | `broken` | the error that opening met |
 | `accepted` | request, prompt tokens |
 | `refused` | request, error |
 | `deltas` | all deltas of one step |
-| `answer` | question, what was asked for: token ids, or stats, seconds of the step under way and failure |
+| `begun` | question of `embed` and `infer` |
+| `answer` | question, and token ids, an array, arrays by name, or stats, seconds of the step under way and failure |
 | `unanswered` | question, error |
+
+An array is its dtype, as numpy writes it with the order of bytes, its shape, and its bytes.
 """
 
 from __future__ import annotations
@@ -28,21 +34,26 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import msgpack
+import numpy as np
+import numpy.typing as npt
 
 from optkit import errors
 from optkit.engine.outputs import Delta
 from optkit.engine.request import PromptFacts, TokenLogprob
-from optkit.errors import OptkitError
+from optkit.engine.text import Chat
+from optkit.errors import OptkitError, RequestError
 
 __all__ = [
     "HEADER",
     "LARGEST",
+    "answer_frame",
     "delta_frames",
     "fits",
     "length",
     "pack",
     "pack_error",
     "unpack",
+    "unpack_array",
     "unpack_deltas",
     "unpack_error",
 ]
@@ -53,6 +64,8 @@ LARGEST = 64 << 20
 """Bytes of one message at most."""
 _LOGPROB = 20
 """Bytes of one token and its log probability, and a little more."""
+_CHAT = 1
+"""Kind of the extension that a `Chat` is."""
 
 
 def pack(*message: Any) -> bytes:
@@ -63,7 +76,7 @@ def pack(*message: Any) -> bytes:
     """
     try:
         # JSON lets halves of surrogate pairs through, and refusing them is the tokenizer's.
-        body: bytes = msgpack.packb(message, unicode_errors="surrogatepass")
+        body: bytes = msgpack.packb(message, unicode_errors="surrogatepass", default=_other)
     except (TypeError, OverflowError) as error:
         raise ValueError(str(error)) from error
     if len(body) > LARGEST:
@@ -85,7 +98,48 @@ def length(header: bytes) -> int:
 
 def unpack(body: bytes) -> list[Any]:
     """The message without its header."""
-    return cast("list[Any]", msgpack.unpackb(body, unicode_errors="surrogatepass", strict_map_key=False))
+    found = msgpack.unpackb(body, ext_hook=_extension, unicode_errors="surrogatepass", strict_map_key=False)
+    return cast("list[Any]", found)
+
+
+def _other(value: object) -> Any:
+    """What msgpack does not know."""
+    if not isinstance(value, Chat):
+        return _array(value)
+    fields = (list(value.messages), list(value.tools), value.continue_final, value.add_generation_prompt)
+    return msgpack.ExtType(_CHAT, msgpack.packb(fields, unicode_errors="surrogatepass"))
+
+
+def _extension(kind: int, body: bytes) -> Any:
+    if kind != _CHAT:
+        raise ValueError(f"an unknown kind of value, {kind}")
+    return Chat(*msgpack.unpackb(body, unicode_errors="surrogatepass", strict_map_key=False))
+
+
+def _array(value: object) -> tuple[Any, ...]:
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{type(value).__name__} is not sent")
+    if value.dtype.kind not in "biufc":
+        raise TypeError(f"arrays of {value.dtype} are not sent")
+    if value.nbytes > LARGEST:  # before it is copied
+        raise ValueError(f"{value.nbytes} bytes are more than {LARGEST}")
+    return value.dtype.str, value.shape, value.tobytes()
+
+
+def unpack_array(packed: list[Any]) -> npt.NDArray[np.generic]:
+    """An array of a message; read-only."""
+    dtype, shape, data = packed
+    array: npt.NDArray[np.generic] = np.frombuffer(data, dtype).reshape(shape)
+    return array
+
+
+def answer_frame(question: int, answer: Any) -> bytes:
+    """An `answer` message, or `unanswered` where that would be too large."""
+    try:
+        return pack("answer", question, answer)
+    except ValueError as error:
+        refusal = RequestError(f"the answer cannot be sent ({error})", remedy="ask for less at once")
+        return pack("unanswered", question, pack_error(refusal))
 
 
 def delta_frames(deltas: Sequence[Delta]) -> list[bytes]:

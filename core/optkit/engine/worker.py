@@ -1,4 +1,4 @@
-"""The process that `optkit.engine.client` starts: one engine, and one client at the other end of a socket pair."""
+"""The process that `optkit.engine.supervision` starts: one model, and one client at the other end of a socket pair."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ import socket
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from optkit.engine import wire
 from optkit.engine.opened import OpenedEngine, Speculation, open_engine
+from optkit.engine.opened_tensors import OpenedTensors, open_tensors
 from optkit.engine.outputs import Delta
 from optkit.engine.request import SamplingParams
 from optkit.engine.stepper import Stepper
+from optkit.engine.tensor_stepper import TensorStepper
 from optkit.engine.text import Prompt, encode
 from optkit.errors import OptkitError, RequestError
 from optkit.plugins import Plugins
@@ -68,24 +71,23 @@ def _serve(incoming: BinaryIO, outbox: _Outbox) -> None:
     if message is None:
         return
     try:
-        _, path, block, speculation = message
-        wish = None if speculation is None else Speculation.model_validate(speculation)
-        opened = open_engine(Path(path), Plugins.load(block=block), wish)
+        kind, path, block, *wishes = message
+        served = _OPENINGS[kind](outbox, Path(path), Plugins.load(block=block), *wishes)
     except OptkitError as error:
         outbox.put("broken", wire.pack_error(error))
         outbox.drain()
         return
-    with opened:
-        served = _Served(opened, outbox)
-        # The model and the libraries stay as long as this process: no collection needs to look at them again.
-        gc.collect()
-        gc.freeze()
-        outbox.put("ready", opened.name, opened.max_length)
-        while (message := _read(incoming)) is not None:
-            kind, *fields = message
-            getattr(served, kind)(*fields)
-        if not served.close(_LEAVE_SECONDS):
-            os._exit(0)
+    # The model and the libraries stay as long as this process: no collection needs to look at them again.
+    gc.collect()
+    gc.freeze()
+    outbox.put("ready", *served.facts)
+    while (message := _read(incoming)) is not None:
+        kind, *fields = message
+        getattr(served, kind)(*fields)
+    if served.stepper.close(_LEAVE_SECONDS):
+        served.opened.close()
+    else:
+        os._exit(0)
 
 
 def _read(incoming: BinaryIO) -> list[Any] | None:
@@ -101,17 +103,64 @@ def _read(incoming: BinaryIO) -> list[Any] | None:
         return None
 
 
-class _Served:
-    """What a client can ask for: one method for each kind of message.
+class _Served(ABC):
+    """What a client can ask for: one method for each kind of message. Called by the thread that reads."""
+
+    def __init__(self, outbox: _Outbox) -> None:
+        self._outbox = outbox
+
+    @property
+    @abstractmethod
+    def opened(self) -> OpenedEngine | OpenedTensors: ...
+
+    @property
+    @abstractmethod
+    def stepper(self) -> Stepper | TensorStepper: ...
+
+    @property
+    @abstractmethod
+    def facts(self) -> tuple[Any, ...]:
+        """What `ready` says."""
+
+    def cancel(self, key: int) -> None:
+        self.stepper.cancel(key)
+
+    def status(self, question: int) -> None:
+        stepper = self.stepper
+        self._outbox.put("answer", question, [asdict(stepper.stats), stepper.silent, stepper.failure])
+
+    def _failed(self) -> None:
+        # Its client starts another process, which nothing is wrong with.
+        self._outbox.drain()
+        sys.stderr.flush()
+        os._exit(OptkitError.exit_code)
+
+
+class _Language(_Served):
+    """A causal language model.
 
     Prompts are encoded here, in the thread that reads, beside the steps and one after the other: a cancellation never
     overtakes its request.
     """
 
-    def __init__(self, opened: OpenedEngine, outbox: _Outbox) -> None:
-        self._tokenizer = opened.engine.tokenizer
-        self._outbox = outbox
-        self._stepper = Stepper(opened.engine, outbox.deltas, self._failed)
+    def __init__(self, outbox: _Outbox, path: Path, plugins: Plugins, speculation: dict[str, Any] | None) -> None:
+        super().__init__(outbox)
+        wish = None if speculation is None else Speculation.model_validate(speculation)
+        self._opened = open_engine(path, plugins, wish)
+        self._tokenizer = self._opened.engine.tokenizer
+        self._stepper = Stepper(self._opened.engine, outbox.deltas, self._failed)
+
+    @property
+    def opened(self) -> OpenedEngine:
+        return self._opened
+
+    @property
+    def stepper(self) -> Stepper:
+        return self._stepper
+
+    @property
+    def facts(self) -> tuple[Any, ...]:
+        return self._opened.name, self._opened.max_length
 
     def submit(
         self, request: int, prompt: Prompt, params: str, priority: int, timeout: float | None, salt: str
@@ -127,12 +176,6 @@ class _Served:
         accepted = self._stepper.submit(request, tokens, wish, priority=priority, timeout=timeout, salt=salt)
         accepted.add_done_callback(partial(self._answered, request, len(tokens)))
 
-    def _failed(self) -> None:
-        # Its client starts another process, which nothing is wrong with.
-        self._outbox.drain()
-        sys.stderr.flush()
-        os._exit(OptkitError.exit_code)
-
     def _answered(self, request: int, tokens: int, accepted: Future[None]) -> None:
         error = accepted.exception()
         if error is None:
@@ -140,21 +183,49 @@ class _Served:
         elif isinstance(error, Exception):
             self._outbox.put("refused", request, wire.pack_error(error))
 
-    def cancel(self, request: int) -> None:
-        self._stepper.cancel(request)
-
     def encode(self, question: int, prompt: Prompt) -> None:
         try:
             self._outbox.put("answer", question, encode(self._tokenizer, prompt))
         except Exception as error:
             self._outbox.put("unanswered", question, wire.pack_error(error))
 
-    def status(self, question: int) -> None:
-        stepper = self._stepper
-        self._outbox.put("answer", question, [asdict(stepper.stats), stepper.silent, stepper.failure])
 
-    def close(self, timeout: float) -> bool:
-        return self._stepper.close(timeout)
+class _Tensors(_Served):
+    """A model of one step."""
+
+    def __init__(self, outbox: _Outbox, path: Path, plugins: Plugins) -> None:
+        super().__init__(outbox)
+        self._opened = open_tensors(path, plugins)
+        self._stepper = TensorStepper(self._opened, partial(outbox.put, "begun"), self._deliver, self._failed)
+
+    @property
+    def opened(self) -> OpenedTensors:
+        return self._opened
+
+    @property
+    def stepper(self) -> TensorStepper:
+        return self._stepper
+
+    @property
+    def facts(self) -> tuple[Any, ...]:
+        session = self._opened.session
+        specs = ({name: astuple(spec) for name, spec in side.items()} for side in (session.inputs, session.outputs))
+        return self._opened.name, self._opened.max_length, self._opened.texts is not None, *specs
+
+    def embed(self, question: int, sequences: list[list[int]], normalize: bool | None) -> None:
+        self._stepper.embed(question, [tuple(ids) for ids in sequences], normalize)
+
+    def infer(self, question: int, arrays: dict[str, list[Any]]) -> None:
+        self._stepper.infer(question, {name: wire.unpack_array(packed) for name, packed in arrays.items()})
+
+    def _deliver(self, question: int, answer: Any) -> None:
+        if isinstance(answer, Exception):
+            self._outbox.put("unanswered", question, wire.pack_error(answer))
+        else:
+            self._outbox.put("answer", question, answer)
+
+
+_OPENINGS: Mapping[str, Callable[..., _Served]] = {"open": _Language, "open_tensors": _Tensors}
 
 
 class _Outbox:
@@ -180,13 +251,23 @@ class _Outbox:
     def _run(self) -> None:
         try:
             while (message := self._messages.get()) is not None:
-                for frame in wire.delta_frames(message[1]) if message[0] == "deltas" else (wire.pack(*message),):
+                for frame in _frames(*message):
                     self._channel.sendall(frame)
         except OSError:  # the client has gone; the thread that reads finds out as well
             pass
         except BaseException as error:  # a bug; a client that hears no more must not wait
             traceback.print_exception(error)
             os._exit(OptkitError.exit_code)
+
+
+def _frames(kind: str, *fields: Any) -> list[bytes]:
+    match kind:
+        case "deltas":
+            return wire.delta_frames(*fields)
+        case "answer":
+            return [wire.answer_frame(*fields)]
+        case _:
+            return [wire.pack(kind, *fields)]
 
 
 if __name__ == "__main__":

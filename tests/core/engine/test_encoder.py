@@ -11,6 +11,7 @@ import torch
 
 import optkit
 from optkit.backends import TensorSession
+from optkit.engine.encoder import EncoderText
 from optkit.engine.tensors import TensorEngine
 from optkit.errors import DamagedError, MachineError, MissingError, RecipeError, RequestError
 from optkit.steps import Limits
@@ -62,7 +63,7 @@ def test_the_order_is_that_of_the_texts_and_what_is_long_is_cut(tiny_encoder, en
     with optkit.Encoder(encoder_artifact(tiny_encoder, {strategy: STRATEGIES[strategy]}, 64)) as encoder:
         found = encoder.encode(sentences)
         np.testing.assert_allclose(found, plain(tiny_encoder, sentences, 64), atol=1e-5)
-        lengths = [len(ids) for ids in encoder._tokenizer(sentences)["input_ids"]]
+        lengths = [len(ids) for ids in encoder._text._tokenizer(sentences)["input_ids"]]
         assert encoder.truncated == sum(length > 64 for length in lengths) > 0
         assert max(map(len, encoder.tokenize(sentences))) == encoder.max_length == 64
 
@@ -90,6 +91,19 @@ def test_no_texts_and_texts_without_tokens(tiny_encoder, encoder_artifact):
             encoder.encode("one")
 
 
+def test_text_is_tokenized_without_the_model(tiny_encoder):
+    text = EncoderText(tiny_encoder, 8)
+    assert text.tokenize([], cut=False) == []
+    [short] = text.tokenize(["fox"], cut=False)
+    with pytest.raises(RequestError, match=r"text 3: has \d+ tokens, the model takes 8; shorten it"):
+        text.tokenize(["fox", "fox", "fox", SENTENCE], cut=False)
+    with pytest.raises(RequestError, match="text 1: has no tokens"):
+        text.tokenize(["fox", ""], cut=True)
+    assert text.truncated == 0
+    first, second = text.tokenize(["fox", SENTENCE], cut=True)
+    assert (first, len(second), text.truncated) == (short, 8, 1)
+
+
 class Faulty(TensorSession):
     """Fails on one token, and asks to be interrupted at another."""
 
@@ -109,7 +123,7 @@ class Faulty(TensorSession):
 
 def test_a_failure_names_its_text_and_leaves_nothing_behind(tiny_encoder, encoder_artifact):
     with optkit.Encoder(encoder_artifact(tiny_encoder, {"static": {"max_batch_size": 2}}, 64)) as encoder:
-        [(bad,), (stop,)] = encoder._tokenizer(["X", "Y"])["input_ids"]
+        [(bad,), (stop,)] = encoder._text._tokenizer(["X", "Y"])["input_ids"]
         session = Faulty(encoder._session, bad, stop)
         limits = Limits(2, 64)
         encoder._engine = TensorEngine(session, encoder._engine._batcher, limits, 320)

@@ -13,7 +13,7 @@ from optkit.backends import TensorSession
 from optkit.batching import Batcher, Schedule, Share, Wait
 from optkit.engine.tensors import NOT_FINITE, TensorEngine, padded
 from optkit.errors import OptkitError, RecipeError, RequestError
-from optkit.steps import Limits
+from optkit.steps import Limits, TensorSpec
 from optkit_batching.bucketed import Bucketed
 from optkit_batching.continuous import Continuous
 from optkit_batching.dynamic import Dynamic
@@ -38,7 +38,8 @@ class ScriptedEncoder(TensorSession):
         types: bool = False,
     ) -> None:
         names = ["input_ids", "attention_mask", *(["token_type_ids"] if types else [])]
-        self.inputs, self.outputs = dict.fromkeys(names, (None, None)), ("last_hidden_state",)
+        self.inputs = dict.fromkeys(names, TensorSpec("int64", (None, None)))
+        self.outputs = {"last_hidden_state": TensorSpec("float32", (None, None, 3))}
         self.batches: list[tuple[int, int]] = []
         self._fault, self._poison = fault, poison
 
@@ -105,7 +106,7 @@ def test_every_sequence_gets_its_own_output(name, sequences, types):
     assert ended.keys() == requests.keys()
     for request, ids in requests.items():
         assert ended[request].finished == "done"
-        np.testing.assert_array_equal(ended[request].hidden, expected(ids))
+        np.testing.assert_array_equal(ended[request].result, expected(ids))
     assert all(rows <= 4 for rows, _ in session.batches)
     stats = engine.stats
     assert (stats.requests, stats.steps) == (len(sequences), len(session.batches))
@@ -129,7 +130,7 @@ def test_only_what_cannot_be_computed_fails(sequences, wrong, poisoned):
     for request, ids in requests.items():
         error = "ValueError: odd" if fails(ids) else NOT_FINITE if is_poisoned(ids) else ""
         assert (ended[request].finished, ended[request].error) == ("error" if error else "done", error)
-        assert (ended[request].hidden is None) == bool(error)
+        assert (ended[request].result is None) == bool(error)
 
 
 def test_a_cancelled_request_ends_without_being_computed():
@@ -187,10 +188,10 @@ def test_a_strategy_that_cuts_sequences_computes_only_whole_ones():
     engine = engine_of(session, Continuous(max_batch_size=4, max_step_tokens=10), clock=clock)
     for length in (4, 5, 8):
         engine.add((1,) * length)
-    assert [len(one.hidden) for one in engine.step()] == [4, 5]  # one token of the third was left
-    assert [len(one.hidden) for one in engine.step()] == [8]
+    assert [len(one.result) for one in engine.step()] == [4, 5]  # one token of the third was left
+    assert [len(one.result) for one in engine.step()] == [8]
     engine.add((1,) * 11)
-    with pytest.raises(RecipeError, match=r"Continuous gives an encoder 10 of 11 tokens .* raise its limit"):
+    with pytest.raises(RecipeError, match=r"Continuous gives a model of one step 10 of 11 tokens .* raise its limit"):
         engine.step()
 
 
@@ -216,13 +217,13 @@ def test_a_strategy_that_does_what_it_must_not_is_named():
     engine = engine_of(ScriptedEncoder(), Greedy())
     engine.add((1,))
     engine.add((2,))
-    with pytest.raises(RecipeError, match="Greedy gives an encoder 2 sequences"):
+    with pytest.raises(RecipeError, match="Greedy gives a model of one step 2 rows"):
         engine.step()
 
 
 def test_another_kind_of_model_is_refused():
     session = ScriptedEncoder()
-    session.inputs = {"pixel_values": (None, 3, 224, 224)}
+    session.inputs = {"pixel_values": TensorSpec("float32", (None, 3, 224, 224))}
     with pytest.raises(OptkitError, match=r"no text encoder: it maps \['pixel_values'\]"):
         engine_of(session)
 

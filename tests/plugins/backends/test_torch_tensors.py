@@ -8,7 +8,7 @@ import torch
 
 from optkit.engine.tensors import padded
 from optkit.errors import DamagedError
-from optkit.steps import Limits
+from optkit.steps import Limits, TensorSpec
 from optkit.transforms import TransformContext
 from optkit.weights import save_folder
 from optkit_backends.torch import Torch
@@ -27,7 +27,11 @@ def test_a_padded_batch_is_its_sequences_alone(tiny_bert, tmp_path, bits):
     save_folder(model, tmp_path)
     with Torch().open(tmp_path, tmp_path, Limits(4, 64)) as session:
         assert isinstance(session, TorchTensorSession)
-        hidden = session.run(padded(SEQUENCES, session.inputs))[session.outputs[0]]
+        outputs = session.run(padded(SEQUENCES, session.inputs))
+    [(name, spec)] = session.outputs.items()
+    hidden = outputs[name]
+    assert spec == TensorSpec("float32", (None, None, 32))
+    assert set(session.inputs.values()) == {TensorSpec("int64", (None, None))}
     assert (hidden.shape, hidden.dtype) == ((4, 64, 32), np.float32)
     for row, ids in zip(hidden, SEQUENCES, strict=True):
         with torch.inference_mode():

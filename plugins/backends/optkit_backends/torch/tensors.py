@@ -11,6 +11,7 @@ import numpy.typing as npt
 import torch
 
 from optkit.backends import TensorSession
+from optkit.steps import TensorSpec
 from optkit.weights import load_folder
 from optkit_backends.torch.dense import make_dense
 
@@ -25,9 +26,9 @@ class TorchTensorSession(TensorSession):
     """
 
     def __init__(self, weights: Path) -> None:
-        self.inputs = {"input_ids": (None, None), "attention_mask": (None, None)}
-        self.outputs = ("last_hidden_state",)
         module: Any = load_folder(weights).module
+        self.inputs = dict.fromkeys(("input_ids", "attention_mask"), TensorSpec("int64", (None, None)))
+        self.outputs = {"last_hidden_state": TensorSpec("float32", (None, None, module.config.hidden_size))}
         make_dense(module)
         self._module = module
 
