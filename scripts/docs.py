@@ -83,6 +83,7 @@ def hook_sections(source: str) -> Iterator[str]:
 
 def options_page() -> str:
     from optkit.plugins import KINDS, Plugins
+    from optkit.serve.settings import Settings
 
     plugins = Plugins.load(third_party=False)
     if plugins.broken:
@@ -93,6 +94,8 @@ def options_page() -> str:
         title, what = TITLES[kind]
         parts.append(f"## {title}\n\n{what}\n")
         parts += [section(f"`{name}`", plugins.get(kind, name), kind) for name in plugins.names(kind)]
+    parts.append("## The server\n\nWhat `optkit serve --set NAME=VALUE` takes; some have options of their own.\n")
+    parts.append(section("Settings", Settings))
     return "\n".join(parts)
 
 

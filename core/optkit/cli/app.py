@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from optkit.cli import artifacts, batch, measuring, recipes, system
+from optkit.cli import artifacts, batch, measuring, recipes, serving, system
 from optkit.cli.extensions import Commands
 from optkit.cli.present import complain, say
 from optkit.cli.usage import explained
@@ -39,7 +39,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for module in (recipes, artifacts, batch, measuring, system):
+for module in (recipes, artifacts, serving, batch, measuring, system):
     module.add_to(app)
 
 

@@ -140,6 +140,18 @@ def half_a_request(desk):
         stream.write('\n{"custom_id": "b", "me')
 
 
+def short_key(desk):
+    other_artifact(desk)
+    (desk / "keys.txt").write_text("alice: tooshort\n")
+    (desk / "keys.txt").chmod(0o600)
+
+
+def open_keys(desk):
+    other_artifact(desk)
+    (desk / "keys.txt").write_text("alice: 0123456789abcdef\n")
+    (desk / "keys.txt").chmod(0o644)
+
+
 def little_memory(desk, monkeypatch):
     from optkit import hardware
 
@@ -194,6 +206,15 @@ PREPARE = {
     "batch-line-is-no-json": half_a_request,
     "batch-custom-id-twice": requests("a", "b", "a"),
     "batch-output-is-taken": requests("a"),
+    "serve-everybody": other_artifact,
+    "serve-keys-of-nowhere": other_artifact,
+    "serve-name-twice": other_artifact,
+    "serve-odd-name": other_artifact,
+    "serve-replicas-without-ray": other_artifact,
+    "serve-unknown-setting": other_artifact,
+    "serve-wrong-setting": other_artifact,
+    "serve-keys-for-all-to-read": open_keys,
+    "serve-short-key": short_key,
 }
 
 # `apply CASE.yaml` unless it is here.
@@ -222,6 +243,16 @@ COMMANDS = {
     "batch-line-is-no-json": "batch taken in.jsonl out.jsonl",
     "batch-custom-id-twice": "batch taken in.jsonl out.jsonl",
     "batch-output-is-taken": "batch taken in.jsonl taken.jsonl",
+    "serve-everybody": "serve taken --host 0.0.0.0",
+    "serve-keys-for-all-to-read": "serve taken --keys keys.txt",
+    "serve-keys-of-nowhere": "serve taken --keys nowhere.txt",
+    "serve-name-twice": "serve a=taken a=taken",
+    "serve-odd-name": "serve a/b=taken",
+    "serve-of-nowhere": "serve nowhere",
+    "serve-replicas-without-ray": "serve taken --replicas 2",
+    "serve-short-key": "serve taken --keys keys.txt",
+    "serve-unknown-setting": "serve taken --set max_que=3",
+    "serve-wrong-setting": "serve taken --set max_queue=many",
     "schema-cannot-be-written": "schema --output text.txt/schema.json",
 }
 

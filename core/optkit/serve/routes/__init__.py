@@ -1,0 +1,1 @@
+"""The endpoints: they speak HTTP and nothing else."""

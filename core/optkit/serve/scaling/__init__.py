@@ -1,0 +1,1 @@
+"""More than one server process: copies of the application under an engine that starts, finds and replaces them."""
