@@ -183,6 +183,10 @@ def main() -> None:
         "slope_in_second_half_mib_per_hour_per_1000_requests": {
             name: slope(half, name) / (requests / 1000) for name in ("server", "worker")
         },
+        "growth_in_second_half_mib_per_1000_requests": {
+            name: slope(half, name) * (half[-1]["seconds"] - half[0]["seconds"]) / 3600 / (requests / 1000)
+            for name in ("server", "worker")
+        },
         "left_at_the_end": left,
         "memory_mib": memory,
     }
