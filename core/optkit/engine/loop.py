@@ -6,7 +6,7 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from itertools import count
 from typing import Any
 
@@ -113,6 +113,10 @@ class Engine:
         self._sequences.update((sequence.id, sequence) for sequence in group.live)
         self._waiting.add(group)
         if group.deadline is not None:
+            if len(self._deadlines) > 2 * len(self._groups) + 64:
+                # Most requests end long before; what they leave here would stay until then.
+                self._deadlines = [one for one in self._deadlines if one[1] in self._groups]
+                heapify(self._deadlines)
             heappush(self._deadlines, (group.deadline, group.id))
         self._stats.requests += 1
         return group.id

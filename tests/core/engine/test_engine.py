@@ -327,6 +327,15 @@ def test_a_late_request_ends_with_what_it_has():
     assert sum(event.request == running for event in found) == 5 + 1
 
 
+def test_requests_that_end_in_time_leave_no_deadline_behind():
+    engine = Engine(ScriptedSession(), Continuous(max_batch_size=4))
+    for _ in range(500):
+        engine.add(Request((1,), SamplingParams(max_tokens=1, ignore_eos=True), timeout=600.0))
+        while engine.busy:
+            engine.step()
+    assert len(engine._deadlines) <= 66
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
