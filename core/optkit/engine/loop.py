@@ -6,13 +6,12 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Collection, Iterator
-from heapq import heapify, heappop, heappush
 from itertools import count
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from sortedcontainers import SortedKeyList
+from sortedcontainers import SortedKeyList, SortedList
 
 from optkit.backends import TokenSession
 from optkit.batching import Batcher, Schedule
@@ -80,7 +79,7 @@ class Engine:
         self._waiting: Any = SortedKeyList(key=_place)
         self._running: Any = SortedKeyList(key=_place)
         self._ended: list[Sequence] = []  # in a batch that is a rectangle: they keep their row until all have ended
-        self._deadlines: list[tuple[float, int]] = []
+        self._deadlines: Any = SortedList()
         self._events: list[Event] = []
         self._ids, self._sequence_ids = count(), count()
         self._stats = Stats(blocks=session.caps.blocks)
@@ -113,11 +112,7 @@ class Engine:
         self._sequences.update((sequence.id, sequence) for sequence in group.live)
         self._waiting.add(group)
         if group.deadline is not None:
-            if len(self._deadlines) > 2 * len(self._groups) + 64:
-                # Most requests end long before; what they leave here would stay until then.
-                self._deadlines = [one for one in self._deadlines if one[1] in self._groups]
-                heapify(self._deadlines)
-            heappush(self._deadlines, (group.deadline, group.id))
+            self._deadlines.add((group.deadline, group.id))
         self._stats.requests += 1
         return group.id
 
@@ -137,9 +132,7 @@ class Engine:
         """Run one step, if the batcher wants one, and return what happened since the last call."""
         now, self.wait = self._clock(), None
         while self._deadlines and self._deadlines[0][0] <= now:
-            late = self._groups.get(heappop(self._deadlines)[1])
-            if late is not None:
-                self._end(late, "deadline")
+            self._end(self._groups[self._deadlines[0][1]], "deadline")
         self._clear_ended()
         if self._groups:
             self._guess()
@@ -407,6 +400,8 @@ class Engine:
             self._drafter.forget(sequence.id)
         if not group.live:
             (self._running if group.running else self._waiting).remove(group)
+            if group.deadline is not None:
+                self._deadlines.discard((group.deadline, group.id))
             del self._groups[group.id]
 
 

@@ -333,7 +333,7 @@ def test_requests_that_end_in_time_leave_no_deadline_behind():
         engine.add(Request((1,), SamplingParams(max_tokens=1, ignore_eos=True), timeout=600.0))
         while engine.busy:
             engine.step()
-    assert len(engine._deadlines) <= 66
+    assert not engine._deadlines
 
 
 @pytest.mark.parametrize(
