@@ -14,6 +14,7 @@ from optkit.errors import DamagedError, MissingError, OptkitError, RecipeError
 from optkit.model import Model, ModelCard
 from optkit.sources import Source
 from optkit.weights import CAUSAL_LM, FEATURE_EXTRACTION, is_encoder, sentence_files
+from optkit.weights.compressed import stored_tags
 
 __all__ = ["HuggingFace", "card_of", "encoder_card_of"]
 
@@ -23,9 +24,9 @@ Shapes = Mapping[str, tuple[int, ...]]
 class HuggingFace(Source):
     """A causal language model or a sentence encoder in a Hugging Face folder with safetensors, or on the hub.
 
-    Folders whose weights are in compressed-tensors' pack-quantized format load as quantized models. An encoder is a
-    model without a head, whose architecture ends in `Model`; the files of sentence-transformers beside it say how long
-    its texts are and how tokens are pooled.
+    Folders in compressed-tensors' pack-quantized, int-quantized and float-quantized formats load as quantized models,
+    with one scheme or several. An encoder is a model without a head, whose architecture ends in `Model`; the files of
+    sentence-transformers beside it say how long its texts are and how tokens are pooled.
     """
 
     model: str
@@ -198,6 +199,17 @@ def encoder_card_of(
         raise DamagedError(f"config.json is incomplete ({type(error).__name__}: {error})", where=name) from error
 
 
+_BESIDE_WEIGHTS = (
+    ".weight_packed",
+    ".weight_scale",
+    ".weight_zero_point",
+    ".input_scale",
+    ".input_zero_point",
+    ".k_scale",
+    ".v_scale",
+)
+
+
 def safetensors_shapes(file: Path) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors in a safetensors file, by name; only its header is read.
 
@@ -219,7 +231,7 @@ def safetensors_shapes(file: Path) -> dict[str, tuple[int, ...]]:
                 if name.endswith(".weight_shape"):
                     stream.seek(8 + length + entry["data_offsets"][0])
                     shapes[name.removesuffix("_shape")] = struct.unpack("<2q", stream.read(16))
-                elif not name.endswith((".weight_packed", ".weight_scale", ".weight_zero_point")):
+                elif not name.endswith(_BESIDE_WEIGHTS):
                     shapes[name] = tuple(entry["shape"])
     except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
         remedy = "get it again"
@@ -252,11 +264,10 @@ def _weight_tags(config: Mapping[str, Any]) -> frozenset[str]:
     stored = config.get("quantization_config")
     if stored is None:
         return frozenset({"weights:float"})
-    if stored.get("format") != "pack-quantized":
+    try:
+        return stored_tags(stored) | {"weights:float"}
+    except ValueError:
         return frozenset({f"weights:{stored.get('quant_method', 'quantized')}"})
-    schemes = [group["weights"] for group in stored["config_groups"].values()]
-    names = {f"weights:int{s['num_bits']}-{s['strategy']}" + ("" if s["symmetric"] else "-asym") for s in schemes}
-    return frozenset(names | {"weights:float"})
 
 
 def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
