@@ -49,8 +49,9 @@ class Backend(Options):
 
     @abstractmethod
     def lowering(self, tags: frozenset[str]) -> Mapping[str, Lowering]:
-        """For each `weights:*` tag the kernel that will run it or why none can, from the tags alone.
+        """For each `weights:*`, `activations:*` and `kv:*` tag the kernel that will run it or why none can.
 
+        From the tags alone. A format that it does not mention cannot run.
         A missing architecture or task stands under its own tag, for example `arch:mamba`.
         """
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
+from optkit.calibration import Calibration
+from optkit.checkpoints import Checkpoint
 from optkit.model import Model, ModelCard
 from optkit.options import Options
 
@@ -19,6 +21,13 @@ class TransformContext:
 
     progress: Callable[[int, int, str], None]
     """`progress(done, total, what)`: call it at least once a second in long work."""
+    calibration: Calibration = field(default_factory=Calibration)
+    """What the model is to be run on; empty for a transform that does not ask for it."""
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    """Where to keep what is finished of long work. It is empty at first, and gone when the transform is done."""
+    device: str = "cpu"
+    """Where to compute, as torch names it. The model comes and goes on the CPU; `optkit.blockwise` moves it there block
+    by block."""
 
 
 class Transform(Options):
@@ -30,6 +39,8 @@ class Transform(Options):
 
     requires: ClassVar[frozenset[str]] = frozenset()
     conflicts: ClassVar[frozenset[str]] = frozenset()
+    calibration: ClassVar[bool] = False
+    """Whether it runs the model on calibration data, which the recipe's `calibration` names."""
 
     @abstractmethod
     def provides(self) -> frozenset[str]:
@@ -45,6 +56,10 @@ class Transform(Options):
     def bits_per_weight(self, card: ModelCard) -> float | None:
         """Stored bits per parameter afterwards, scales included, for the size estimate; None if it stays as it is."""
         return None
+
+    def forward_passes(self) -> float:
+        """About how often it runs the model on its calibration data, or work as long as that, for the time estimate."""
+        return 2.0 if self.calibration else 0.0
 
     @abstractmethod
     def apply(self, model: Model, context: TransformContext) -> Model:

@@ -226,6 +226,7 @@ def test_defaults_are_filled_in(plugins: Plugins) -> None:
         "batching": {"static": {"max_batch_size": 1}},
         "max_length": None,
         "kv_cache_tokens": None,
+        "calibration": None,
         "evaluation": {
             "dataset": {"python_reference": {"text": "hello"}},
             "tokens": 4096,
@@ -404,7 +405,7 @@ SIDES = "needs either at_most or at_least; write one of them, and a second gate 
         ("gates:\n- {metric: perplexity, at_most: 1}\n- {metric: perplexity, at_least: 1}\n- {metric: perplexity, at_most: 2}", "6:3: gates[2]: a second at_most for perplexity, gates[0] is the first; remove one of them"),
         ("name: My Recipe", "3:1: name: must match ^[a-z0-9][a-z0-9._-]*$, found 'My Recipe'"),
         ("name: ..", "3:1: name: must match ^[a-z0-9][a-z0-9._-]*$, found '..'"),
-        ("transform: []", "3:1: transform: unknown key; did you mean 'transforms'? (known keys: name, model, transforms, backend, batching, max_length, kv_cache_tokens, evaluation, benchmark, gates)"),
+        ("transform: []", "3:1: transform: unknown key; did you mean 'transforms'? (known keys: name, model, transforms, backend, batching, max_length, kv_cache_tokens, calibration, evaluation, benchmark, gates)"),
     ],
 )  # fmt: skip
 def test_a_wrong_recipe_is_refused_in_one_line(plugins: Plugins, text: str, expected: str) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from optkit.artifact import FileRecord, check_files, hash_files, writing
+from optkit.checkpoints import Checkpoint
 from optkit.locations import cache_root
 
 __all__ = ["CachedStep", "StepCache", "key_of", "locked", "sweep", "workplace"]
@@ -47,6 +48,13 @@ class StepCache:
     def __init__(self) -> None:
         self.root = cache_root() / "steps"
 
+    def checkpoint(self, key: str) -> Checkpoint:
+        """What the step under `key` keeps of unfinished work. Gone once its result is there."""
+        return Checkpoint(self._unfinished(key))
+
+    def _unfinished(self, key: str) -> Path:
+        return cache_root() / "unfinished" / key
+
     def run(self, key: str, name: str, work: Callable[[Path], dict[str, Any]]) -> CachedStep:
         """The result under `key`, made by `work` if it is not there.
 
@@ -77,13 +85,24 @@ class StepCache:
                 yield found[0], size, (directory / "step.json").stat().st_mtime
 
     def clear(self, *, unused_for: float = 0.0) -> int:
-        """Remove steps not used for so many seconds, and leftovers of killed runs; returns the bytes freed."""
+        """Remove steps not used for so many seconds, unfinished ones too, and leftovers of killed runs.
+
+        Returns:
+            The bytes freed.
+        """
         freed = 0
         for step, size, used in list(self.entries()):
             if time.time() - used >= unused_for:
                 with locked(step.key):
                     shutil.rmtree(self.root / step.key, ignore_errors=True)
                 freed += size
+        for directory in sorted(self._unfinished("").glob("*")):
+            files = list(directory.iterdir())
+            if time.time() - max((file.stat().st_mtime for file in files), default=0.0) >= unused_for:
+                with locked(directory.name, wait=False) as abandoned:
+                    if abandoned:
+                        freed += sum(file.stat().st_size for file in files)
+                        shutil.rmtree(directory, ignore_errors=True)
         sweep()
         return freed
 
@@ -101,6 +120,7 @@ class StepCache:
             self.root.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(self.root / key, ignore_errors=True)  # a damaged one
             place.rename(self.root / key)
+            shutil.rmtree(self._unfinished(key), ignore_errors=True)
         return CachedStep(key, name, self.root / key / "data", facts["report"], seconds, hit=False)
 
     def _load(self, key: str) -> tuple[CachedStep, dict[str, FileRecord]] | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from optkit import hardware
+from optkit.apply.data import calibration_length, check_calibration, check_text, placed
 from optkit.backends import Backend, Lowering
 from optkit.errors import DamagedError, MachineError, MissingError, OptkitError, RecipeError
 from optkit.locations import cache_root
@@ -25,6 +26,7 @@ __all__ = ["Estimate", "Plan", "PlannedStep", "check_output", "check_room", "mak
 _FLOAT = 4
 # Of what the GEMM probe reaches: a whole model also normalizes, attends and dispatches.
 _EFFICIENCY = 0.5
+_NEED_KERNELS = ("weights:", "activations:", "kv:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,8 @@ class Plan:
     lowering: dict[str, Lowering]
     limits: Limits
     estimate: Estimate
+    warnings: tuple[str, ...] = ()
+    """What may well go wrong, one line each."""
 
     @property
     def task(self) -> Task[Any, Any]:
@@ -92,23 +96,18 @@ def make_plan(recipe: Recipe, plugins: Plugins) -> Plan:
     tags = steps[-1].tags if steps else card.tags
     lowering = _lower(recipe, tags)
     limits = _limits(recipe, card, task)
-    _check_text(recipe, task)
-    estimate = _estimate(recipe, card, limits, task)
+    check_text(recipe, task)
+    warnings = check_calibration(recipe, card, task)
+    estimate = _estimate(recipe, card, limits, task, tags)
     _preflight(estimate)
-    return Plan(recipe, card, steps, lowering, limits, estimate)
+    return Plan(recipe, card, steps, lowering, limits, estimate, warnings)
 
 
 def _inspect(recipe: Recipe) -> ModelCard:
     try:
         return recipe.model.options.inspect()
     except OptkitError as error:
-        raise _placed(error, recipe, "model", recipe.model.name) from error
-
-
-def _placed(error: OptkitError, recipe: Recipe, *keys: str | int) -> OptkitError:
-    """The same error with its place in the recipe before the file that it names."""
-    what = f"{error.where}: {error.what}" if error.where else error.what
-    return type(error)(what, where=recipe.document.where(*keys), found=error.found, remedy=error.remedy)
+        raise placed(error, recipe, "model", recipe.model.name) from error
 
 
 def _check_gates(recipe: Recipe, plugins: Plugins) -> None:
@@ -193,7 +192,7 @@ def _lower(recipe: Recipe, tags: frozenset[str]) -> dict[str, Lowering]:
     if missing is not None:
         raise MissingError(f"backend {recipe.backend.name!r} {missing}", where=recipe.document.where("backend"))
     lowering = dict(backend.lowering(tags))
-    for tag in sorted(tag for tag in tags if tag.startswith("weights:")):
+    for tag in sorted(tag for tag in tags if tag.startswith(_NEED_KERNELS)):
         lowering.setdefault(
             tag, Lowering("", native=False, reason=f"{recipe.backend.name} has no kernel for this format")
         )
@@ -239,48 +238,26 @@ def _limits(recipe: Recipe, card: ModelCard, task: Task[Any, Any]) -> Limits:
     return Limits(recipe.batching.options.max_sequences, length, recipe.kv_cache_tokens)
 
 
-def _check_text(recipe: Recipe, task: Task[Any, Any]) -> None:
-    """Refuse what is certain to be too little text. No tokenizer is asked: it makes at most a token of a byte."""
-    evaluation, prompt = recipe.evaluation, recipe.benchmark.prompt_tokens
-    needed = task.tokens(evaluation)
-    if task.generates and prompt > needed:
-        raise recipe.document.error(
-            f"the evaluation text, which prompts are taken from, has {needed} tokens",
-            "benchmark",
-            "prompt_tokens",
-            found=prompt,
-            remedy="lower it, or raise evaluation.tokens",
-        )
-    there = 0
-    try:
-        for text in task.pieces(evaluation.dataset.options):
-            there += len(text.encode()) + 2
-            if there >= needed:
-                return
-    except OptkitError as error:
-        raise _placed(error, recipe, "evaluation", "dataset") from error
-    raise recipe.document.error(
-        f"the dataset has at most {there} tokens of text",
-        "evaluation",
-        "tokens",
-        found=evaluation.tokens,
-        remedy="lower it, or choose a longer dataset",
-    )
-
-
-def _estimate(recipe: Recipe, card: ModelCard, limits: Limits, task: Task[Any, Any]) -> Estimate:
+def _estimate(recipe: Recipe, card: ModelCard, limits: Limits, task: Task[Any, Any], tags: frozenset[str]) -> Estimate:
     floats = card.parameters * _FLOAT
     stored = floats
     for use in recipe.transforms:
         bits = use.options.bits_per_weight(card)
         stored = stored if bits is None else round(card.parameters * bits / 8)
     token_seconds = _token_seconds(card)
-    measuring = task.demand(recipe, card, limits, token_seconds)
+    cached = 1 if any(tag.startswith("kv:") for tag in tags) else _FLOAT
+    measuring = task.demand(recipe, card, limits, token_seconds, cached)
     # The baseline stays loaded beside the model that is worked on.
     memory = 2 * floats + measuring.memory_bytes + recipe.backend.options.runtime_bytes(card, stored)
     disk = measuring.disk_bytes + (len(recipe.transforms) + 1) * stored + 2 * (stored + stored)
     evaluation = (2 + len(recipe.transforms)) * recipe.evaluation.tokens * token_seconds
-    seconds = 20 + evaluation + measuring.benchmark_seconds + disk / 0.5e9
+    learning = 0.0
+    if recipe.calibration is not None:
+        tokens = recipe.calibration.samples * calibration_length(recipe.calibration, card)
+        learning = sum(use.options.forward_passes() for use in recipe.transforms) * tokens * token_seconds
+        memory += 2 * tokens * card.hidden_size * _FLOAT
+        disk += 2 * tokens * card.hidden_size * _FLOAT
+    seconds = 20 + learning + evaluation + measuring.benchmark_seconds + disk / 0.5e9
     return Estimate(memory, disk, stored, seconds)
 
 

@@ -23,6 +23,7 @@ from optkit.apply.workshop import Workshop
 from optkit.artifact import Artifact, StepRecord, open_artifact, publish, staging, writing
 from optkit.backends import TensorSession, TokenSession
 from optkit.bench import Opening, arm_of_model, arm_of_session
+from optkit.calibration import Calibration
 from optkit.datasets import Dataset
 from optkit.errors import GateFailed
 from optkit.measure import Contestant
@@ -69,10 +70,13 @@ def apply(plan: Plan, plugins: Plugins, output: Path, *, progress: Progress, ove
     output = output.resolve()  # two spellings of one place are one output, and a link to it stays a link
     recipe = plan.recipe
     source = key_of(model=_identity(recipe.model), files=recipe.model.options.fingerprint())
-    text = key_of(dataset=_identity(recipe.evaluation.dataset), texts=_fingerprint(recipe.evaluation.dataset.options))
+    text = _key_of_text(recipe.evaluation.dataset)
+    calibration = "" if recipe.calibration is None else _key_of_text(recipe.calibration.dataset)
     uses: list[Use[Any]] = [*recipe.transforms, recipe.backend, recipe.batching]
     plugins_used = [_identity(use) for use in uses]
-    recipe_hash = key_of(recipe=recipe.resolved(), plugins=plugins_used, source=source, text=text)
+    recipe_hash = key_of(
+        recipe=recipe.resolved(), plugins=plugins_used, source=source, text=text, calibration=calibration
+    )
     place = key_of(output=str(output))
     with locked(place):
         if check_output(output, recipe_hash, overwrite=overwrite):
@@ -81,7 +85,7 @@ def apply(plan: Plan, plugins: Plugins, output: Path, *, progress: Progress, ove
         check_room(output, plan.estimate)
         sweep()
         with staging(output) as staged, workplace(place) as scratch:
-            steps = _Steps(plan, plugins, Workshop(plan, scratch), source, text, progress)
+            steps = _Steps(plan, plugins, Workshop(plan, scratch), source, text, calibration, progress)
             for index in range(len(recipe.transforms)):
                 steps.transform(index)
             report = steps.finish()
@@ -100,19 +104,28 @@ class _Steps:
     """The steps of one apply, each through the cache."""
 
     def __init__(
-        self, plan: Plan, plugins: Plugins, shop: Workshop, source: str, text: str, progress: Progress
+        self,
+        plan: Plan,
+        plugins: Plugins,
+        shop: Workshop,
+        source: str,
+        text: str,
+        calibration: str,
+        progress: Progress,
     ) -> None:
         self.done: list[CachedStep] = []
         self._plan, self._plugins, self._shop, self._progress = plan, plugins, shop, progress
         self._recipe, self._resolved, self._task = plan.recipe, plan.recipe.resolved(), plan.task
         self._source = self._key = source
-        self._judged_by = {
+        self._machine = hardware.machine()
+        judged: dict[str, Any] = {
             "source": source,
             "text": text,
             "evaluation": {**self._resolved["evaluation"], "context_length": shop.longest},
-            "metrics": self._metrics(self._task.quality_metric),
         }
-        self._machine = hardware.machine()
+        # What is learnt from depends on what is judged by: they share no text.
+        self._learnt_from = {"calibration": calibration, "asked": self._resolved["calibration"], **judged}
+        self._judged_by = {**judged, "metrics": self._metrics(self._task.quality_metric)}
         self._cache = StepCache()
         self._records: list[StepRecord] = []
         self._weights: Path | None = None
@@ -124,14 +137,24 @@ class _Steps:
         name = f"{index + 1} {use.name}"
         made: list[Model] = []
 
+        inputs: dict[str, Any] = {"model": self._key}
+        device = hardware.accelerator() if use.options.calibration else "cpu"
+        if use.options.calibration:
+            inputs |= {"device": device, **self._learnt_from}
+
         def work(directory: Path) -> dict[str, Any]:
-            context = TransformContext(partial(self._progress, name))
+            context = TransformContext(
+                partial(self._progress, name),
+                self._shop.calibration if use.options.calibration else Calibration(),
+                self._cache.checkpoint(self._key_of(name, use, inputs)),
+                device,
+            )
             model = use.options.apply(self._shop.take(before, tags), context)
             save_folder(model, directory)
             made.append(model)
             return {"tags": sorted(model.tags), "weight_bytes": measure.folder_bytes(directory)}
 
-        changed = self._step(name, use, work, {"model": self._key})
+        changed = self._step(name, use, work, inputs)
         self._key, self._weights, self._tags = changed.key, changed.data, frozenset(changed.report["tags"])
         for model in made:
             self._shop.keep(self._weights, model)
@@ -185,6 +208,11 @@ class _Steps:
     def facts(self, recipe_hash: str) -> dict[str, Any]:
         """The fields of the manifest."""
         pipeline = (self._files.weights / "modules.json").is_file()
+        # sentence-transformers calls `forward` past the hooks in which compressed-tensors rounds activations, and finds
+        # several weight formats only there.
+        rounded = any(tag.startswith("activations:") for tag in self._tags)
+        formats = [tag for tag in self._tags if tag.startswith("weights:") and tag != "weights:float"]
+        pipeline = pipeline and not rounded and len(formats) < 2
         return {
             "name": self._recipe.name,
             "recipe": self._resolved,
@@ -264,7 +292,7 @@ class _Steps:
         self, name: str, use: Use[Any], work: Callable[[Path], dict[str, Any]], inputs: Mapping[str, Any]
     ) -> CachedStep:
         """One step through the cache; observers hear of it. The libraries' versions are part of every key."""
-        key = key_of(step=name, plugin=_identity(use), libraries=self._machine.libraries, inputs=inputs)
+        key = self._key_of(name, use, inputs)
         self._tell("step_started", step=name)
         self._progress(name, 0, 1, "")
         step = self._cache.run(key, name, work)
@@ -273,6 +301,9 @@ class _Steps:
         self._tell("step_finished", step=name, report=report)
         self.done.append(step)
         return step
+
+    def _key_of(self, name: str, use: Use[Any], inputs: Mapping[str, Any]) -> str:
+        return key_of(step=name, plugin=_identity(use), libraries=self._machine.libraries, inputs=inputs)
 
     def _tell(self, event: str, **facts: Any) -> None:
         """Call every observer, each with copies: what one of them does reaches neither the others nor the work."""
@@ -311,6 +342,10 @@ class _Steps:
 def _identity(use: Use[Any]) -> dict[str, Any]:
     """What of a plugin decides its result: where it comes from, in which version, and its options."""
     return {"plugin": use.resolved(), "distribution": use.distribution, "version": use.version}
+
+
+def _key_of_text(use: Use[Dataset]) -> str:
+    return key_of(dataset=_identity(use), texts=_fingerprint(use.options))
 
 
 def _fingerprint(dataset: Dataset) -> str:

@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from optkit.apply.data import calibration_length
 from optkit.apply.plan import Plan
+from optkit.calibration import Calibration
+from optkit.evaluate import held_out
 from optkit.model import Model
 from optkit.weights import load_folder
 
@@ -21,13 +24,14 @@ class Workshop:
     """
 
     def __init__(self, plan: Plan, scratch: Path) -> None:
-        self._recipe, self._task = plan.recipe, plan.task
+        self._recipe, self._card, self._task = plan.recipe, plan.card, plan.task
         self.longest = min(plan.recipe.evaluation.context_length, plan.limits.max_length)
         """Tokens of one piece of the text at most."""
         self._scratch = scratch
         self._baseline: Model | None = None
         self._model: tuple[Path | None, Model] | None = None
         self._text: list[tuple[int, ...]] | None = None
+        self._calibration: Calibration | None = None
         self._scorer: Any = None
 
     @property
@@ -52,6 +56,23 @@ class Workshop:
             dataset = settings.dataset.options
             self._text = self._task.text(model.tokenizer, model.files, dataset, settings.tokens, self.longest)
         return self._text
+
+    @property
+    def calibration(self) -> Calibration:
+        """What transforms run the model on: windows that evaluation does not use."""
+        import torch
+
+        if self._calibration is None:
+            asked, model = self._recipe.calibration, self.baseline
+            assert asked is not None
+            length = calibration_length(asked, self._card)
+            pieces = self._task.samples(model.tokenizer, model.files, asked.dataset.options, length)
+            chosen = held_out(pieces, self.text, asked.samples)
+            ids = (torch.tensor([piece]) for piece in chosen)
+            self._calibration = Calibration(
+                tuple({"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids)
+            )
+        return self._calibration
 
     def take(self, weights: Path | None, tags: frozenset[str]) -> Model:
         """The model of a weights folder, or a fresh baseline for None, to be changed in place by the caller."""

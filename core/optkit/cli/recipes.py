@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from optkit.cli.present import Steps, counted, duration, emit_json, lowered_as, plugins_of, say, size, table
+from optkit.cli.present import Steps, complain, counted, duration, emit_json, lowered_as, plugins_of, say, size, table
 
 __all__ = ["add_to"]
 
@@ -43,6 +43,8 @@ def apply_recipe(
     loaded = load_recipe(recipe, plugins)
     plan = make_plan(loaded, plugins)
     target = output or Path("artifacts") / loaded.name
+    for warning in plan.warnings:
+        complain(f"warning: {warning}")
     with Steps() as steps:
         outcome = apply(plan, plugins, target, progress=steps, overwrite=overwrite)
     if as_json:
@@ -95,12 +97,19 @@ def plan_recipe(context: typer.Context, recipe: RecipeArgument, as_json: JsonOpt
                 "lowering": {tag: asdict(lowered) for tag, lowered in plan.lowering.items()},
                 "limits": asdict(plan.limits),
                 "estimate": asdict(estimate),
+                "warnings": list(plan.warnings),
             }
         )
         return
+    for warning in plan.warnings:
+        complain(f"warning: {warning}")
     say(f"model    {plan.card.name}: {plan.card.parameters / 1e6:.1f} M parameters, {' '.join(sorted(plan.card.tags))}")
     for number, step in enumerate(plan.steps, 1):
         say(f"step {number}   {step.name}: {' '.join(sorted(step.tags - plan.card.tags))}")
+    if plan.recipe.calibration is not None:
+        asked = plan.recipe.calibration
+        many = f"{asked.samples} samples of up to {asked.sequence_length} tokens"
+        say(f"data     {asked.dataset.name}: {many} to calibrate on")
     say(f"backend  {plan.recipe.backend.name}")
     for tag, lowered in sorted(plan.lowering.items()):
         say(f"         {lowered_as(tag, lowered.kernel, lowered.native, lowered.reason)}")

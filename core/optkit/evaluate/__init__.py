@@ -10,7 +10,7 @@ from optkit.evaluate.embedding import (
 )
 from optkit.evaluate.judge import Figure, Quality, evaluate, parity
 from optkit.evaluate.scorers import ModelScorer, Recorded, Scorer, SessionScorer
-from optkit.evaluate.text import paragraphs, sequences, windows
+from optkit.evaluate.text import every_sequence, every_window, held_out, paragraphs, sequences, windows
 
 __all__ = [
     "Embedder",
@@ -26,6 +26,9 @@ __all__ = [
     "embedding_parity",
     "evaluate",
     "evaluate_embeddings",
+    "every_sequence",
+    "every_window",
+    "held_out",
     "paragraphs",
     "parity",
     "sequences",

@@ -85,9 +85,17 @@ def evaluate(
     for done, window in enumerate(windows, 1):
         expected, found = _pair(baseline, candidate, window)
         expected, found, targets = expected[:-1], found[:-1], np.array(window[1:], np.int64)
+        # Two figures of the same values, such as a mean and a percentile, need them only once.
+        values: dict[Any, tuple[Floats, Floats]] = {}
         for name, metric in metrics.items():
-            reference[name].append(metric.per_token(expected, expected, targets))
-            judged[name].append(metric.per_token(found, expected, targets))
+            key = (type(metric).per_token, metric.model_dump_json())
+            if key not in values:
+                values[key] = (
+                    metric.per_token(expected, expected, targets),
+                    metric.per_token(found, expected, targets),
+                )
+            reference[name].append(values[key][0])
+            judged[name].append(values[key][1])
         progress(done, len(windows), "windows")
     figures = {name: figure_of(metric, reference[name], judged[name]) for name, metric in metrics.items()}
     return Quality(len(windows), sum(len(window) - 1 for window in windows), figures)

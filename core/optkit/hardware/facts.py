@@ -21,6 +21,7 @@ __all__ = [
     "Device",
     "Machine",
     "Memory",
+    "accelerator",
     "cpu_name",
     "devices",
     "isa",
@@ -182,6 +183,13 @@ def devices() -> tuple[Device, ...]:
             return tuple(parse_smi(line) for line in answer.strip().splitlines())
     known = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
     return tuple(Device(_pairs(file.read_text()).get("Model", "NVIDIA GPU"), None) for file in known)
+
+
+def accelerator() -> str:
+    """Where work on a model's weights runs fastest here, as torch names devices: `cuda`, or `cpu`. Imports torch."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def parse_smi(line: str) -> Device:

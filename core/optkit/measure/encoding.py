@@ -26,6 +26,7 @@ from optkit.evaluate import (
     SessionEmbedder,
     embedding_parity,
     evaluate_embeddings,
+    every_sequence,
     paragraphs,
     sequences,
 )
@@ -81,6 +82,11 @@ class Encoding(Task[Embedder, EncodingArm]):
     ) -> list[tuple[int, ...]]:
         return sequences(tokenizer, dataset, tokens, context_length, preparation_of(files))
 
+    def samples(
+        self, tokenizer: Any, files: Mapping[str, str], dataset: Dataset, length: int
+    ) -> Iterator[tuple[int, ...]]:
+        return every_sequence(tokenizer, dataset, length, preparation_of(files))
+
     def evaluate(
         self, baseline: Embedder, candidate: Embedder, text: Text, metrics: Mapping[str, EmbeddingMetric], told: Told
     ) -> Quality:
@@ -107,7 +113,9 @@ class Encoding(Task[Embedder, EncodingArm]):
     def tokens(self, evaluation: Evaluation) -> int:
         return evaluation.tokens
 
-    def demand(self, recipe: Recipe, card: ModelCard, limits: Limits, token_seconds: float) -> Demand:
+    def demand(
+        self, recipe: Recipe, card: ModelCard, limits: Limits, token_seconds: float, cache_value_bytes: int
+    ) -> Demand:
         longest = min(recipe.evaluation.context_length, limits.max_length)
         rows = max(_BASELINE_BATCH, limits.max_batch_size)
         activations = _LIVE_WIDTHS * card.hidden_size + 2 * card.hidden_size // _HEAD_SIZE * longest

@@ -10,7 +10,17 @@ from optkit.backends import TensorSession, TokenSession
 from optkit.bench import GenerationArm, Samples, SessionArm, TransformersArm, Workload, measure
 from optkit.datasets import Dataset
 from optkit.errors import GateFailed, RecipeError
-from optkit.evaluate import ModelScorer, Quality, Recorded, Scorer, SessionScorer, evaluate, parity, windows
+from optkit.evaluate import (
+    ModelScorer,
+    Quality,
+    Recorded,
+    Scorer,
+    SessionScorer,
+    evaluate,
+    every_window,
+    parity,
+    windows,
+)
 from optkit.measure.task import Demand, Task, Text, Told
 from optkit.metrics import Run, RunMetric, TokenMetric
 from optkit.model import Model, ModelCard
@@ -60,6 +70,11 @@ class Generation(Task[Scorer, GenerationArm]):
     ) -> list[tuple[int, ...]]:
         return windows(tokenizer, dataset, tokens, context_length)
 
+    def samples(
+        self, tokenizer: Any, files: Mapping[str, str], dataset: Dataset, length: int
+    ) -> Iterator[tuple[int, ...]]:
+        return every_window(tokenizer, dataset, length)
+
     def evaluate(
         self, baseline: Scorer, candidate: Scorer, text: Text, metrics: Mapping[str, TokenMetric], told: Told
     ) -> Quality:
@@ -86,10 +101,12 @@ class Generation(Task[Scorer, GenerationArm]):
         window = min(evaluation.context_length, evaluation.tokens)
         return evaluation.tokens // window * window
 
-    def demand(self, recipe: Recipe, card: ModelCard, limits: Limits, token_seconds: float) -> Demand:
+    def demand(
+        self, recipe: Recipe, card: ModelCard, limits: Limits, token_seconds: float, cache_value_bytes: int
+    ) -> Demand:
         window = recipe.evaluation.context_length * card.vocab_size * _FLOAT
         # Without a figure in the recipe the cache takes what memory there is, at least one sequence.
-        cache = (limits.kv_cache_tokens or limits.max_length) * card.kv_values_per_token * _FLOAT
+        cache = (limits.kv_cache_tokens or limits.max_length) * card.kv_values_per_token * cache_value_bytes
         decode = card.parameters * _FLOAT / 10e9 + card.layers * _EAGER_LAYER_SECONDS
         generation = recipe.benchmark.prompt_tokens * token_seconds + recipe.benchmark.output_tokens * decode
         return Demand(

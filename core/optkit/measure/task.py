@@ -86,6 +86,12 @@ class Task(ABC, Generic[S, A]):
         """
 
     @abstractmethod
+    def samples(
+        self, tokenizer: Any, files: Mapping[str, str], dataset: Dataset, length: int
+    ) -> Iterator[tuple[int, ...]]:
+        """The whole dataset in token ids, in pieces of at most `length` tokens as a transform learns from them."""
+
+    @abstractmethod
     def evaluate(self, baseline: S, candidate: S, text: Text, metrics: Mapping[str, Any], told: Told) -> Quality:
         """Judge a candidate by metrics of the shape `quality_metric`."""
 
@@ -116,7 +122,9 @@ class Task(ABC, Generic[S, A]):
         """Tokens of text that evaluation takes."""
 
     @abstractmethod
-    def demand(self, recipe: Recipe, card: ModelCard, limits: Limits, token_seconds: float) -> Demand:
+    def demand(
+        self, recipe: Recipe, card: ModelCard, limits: Limits, token_seconds: float, cache_value_bytes: int
+    ) -> Demand:
         """What measuring takes.
 
         Args:
@@ -124,4 +132,5 @@ class Task(ABC, Generic[S, A]):
             card: of the model.
             limits: of the session.
             token_seconds: of computing one token of many at once.
+            cache_value_bytes: of one number in the KV cache.
         """

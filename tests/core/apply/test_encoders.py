@@ -77,7 +77,7 @@ def test_limits_are_those_of_its_texts(recipe):
         ({"benchmark": {"prompt_tokens": 16}}, r"prompt_tokens: means nothing .*\(encoder\), found 16; remove it"),
         ({"benchmark": {"output_tokens": 8}}, r"output_tokens: means nothing .*\(encoder\), found 8; remove it"),
         ({"kv_cache_tokens": 512}, r"kv_cache_tokens: means nothing .*\(encoder\), found 512; remove it"),
-        ({"backend": "onnxruntime"}, "onnxruntime cannot run"),
+        ({"backend": "onnxruntime", "transforms": [{"quantize.w4a8": {"group_size": 32}}]}, "onnxruntime cannot run"),
     ],
 )
 def test_what_means_nothing_for_an_encoder_is_refused(recipe, changes, words):

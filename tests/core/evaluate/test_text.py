@@ -9,7 +9,7 @@ import pytest
 from optkit.builtin.texts import PythonReference
 from optkit.datasets import Dataset
 from optkit.errors import RecipeError
-from optkit.evaluate import paragraphs, sequences, windows
+from optkit.evaluate import every_window, held_out, paragraphs, sequences, windows
 
 
 class Words(Dataset):
@@ -59,7 +59,7 @@ def test_too_little_text_is_refused_with_how_much_there_is(tiny_tokenizer):
     with pytest.raises(RecipeError) as raised:
         windows(tiny_tokenizer, Words(), 64_000, 64)
     assert str(raised.value) == (
-        f"the dataset has {total} tokens of text, 1000 windows of 64 need 64000; "
+        f"the dataset has {total // 64} windows of 64 tokens, 64000 tokens need 1000; "
         "lower the number of tokens or choose a longer dataset"
     )
 
@@ -100,3 +100,25 @@ def test_too_few_paragraphs_are_refused_with_how_much_there_is(tiny_tokenizer):
     total = sum(len(tiny_tokenizer(text)["input_ids"]) for text in paragraphs(Pages()))
     with pytest.raises(RecipeError, match=rf"the dataset has {total} tokens of text, found {total + 1}; lower"):
         sequences(tiny_tokenizer, Pages(), total + 1, 512)
+
+
+def test_texts_to_learn_from_share_no_run_with_those_to_judge_by():
+    judged = [tuple(range(100, 164)), tuple(range(300, 310))]
+    touching = (*range(5), *range(120, 152), 7)  # 32 of the first in a row
+    apart = (*range(5), *range(120, 151), 7)  # 31
+    fresh = [tuple(range(start, start + 40)) for start in range(1000, 2000, 100)]
+    assert held_out([touching, judged[1], apart], judged, 1) == [apart]
+    assert held_out(fresh, judged, 5) == fresh[::2]
+    assert held_out(fresh, [], 10) == fresh
+    with pytest.raises(RecipeError) as raised:
+        held_out([touching, judged[1], apart], judged, 2)
+    assert str(raised.value) == (
+        "the calibration dataset has 1 samples of this length, besides 2 that share text with the evaluation's, found 2"
+        "; lower calibration.samples or calibration.sequence_length, or choose a longer dataset"
+    )
+
+
+def test_every_window_is_what_windows_cuts(tiny_tokenizer):
+    every = list(every_window(tiny_tokenizer, Words(), 64))
+    assert every[:3] == windows(tiny_tokenizer, Words(), 192, 64)
+    assert {len(window) for window in every} == {64}

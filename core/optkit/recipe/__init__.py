@@ -1,0 +1,21 @@
+"""The recipe: what a user writes, bound to the plugins that it names.
+
+A relative path inside a recipe is relative to the current directory, as on a command line, not to the recipe's file.
+"""
+
+from optkit.recipe.binding import CalibrationText, Evaluation, Recipe, Use, bind_recipe, load_recipe
+from optkit.recipe.keys import Benchmark, Gate, Limit
+from optkit.recipe.schema import recipe_schema
+
+__all__ = [
+    "Benchmark",
+    "CalibrationText",
+    "Evaluation",
+    "Gate",
+    "Limit",
+    "Recipe",
+    "Use",
+    "bind_recipe",
+    "load_recipe",
+    "recipe_schema",
+]
