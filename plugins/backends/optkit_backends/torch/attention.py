@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from optkit.kv import compress, decompress
 from optkit.steps import Row
 from optkit_backends.torch.pool import BLOCK_SIZE, Pool
 
@@ -95,8 +96,8 @@ class PagedAttention:
         """`[tokens, heads, value_dim]` for `query`, `key` and `value` of `[heads, tokens, dim]`."""
         layer: Any = module.layer_idx
         keys, values = self._pool.keys[layer], self._pool.values[layer]
-        keys.index_copy_(1, self._written, key)
-        values.index_copy_(1, self._written, value)
+        keys.index_copy_(1, self._written, _kept(module, "k_scale", key))
+        values.index_copy_(1, self._written, _kept(module, "v_scale", value))
         (heads, tokens, _), shared = query.shape, len(keys)
         query = query.view(shared, heads // shared, tokens, -1)
         output = query.new_empty(tokens, heads, values.shape[-1])
@@ -104,7 +105,8 @@ class PagedAttention:
         if window not in self._parts:
             self._parts[window] = self._plan(window)
         for part in self._parts[window]:
-            seen, content = keys.index_select(1, part.places), values.index_select(1, part.places)
+            seen = _read(module, "k_scale", keys.index_select(1, part.places))
+            content = _read(module, "v_scale", values.index_select(1, part.places))
             if isinstance(part, _Decoding):
                 rows = len(part.tokens)
                 found = scaled_dot_product_attention(
@@ -170,6 +172,18 @@ class PagedAttention:
 
     def _places(self, rows: Integers, positions: Integers) -> Integers:
         return self._table[rows, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+
+
+def _kept(module: Any, scale: str, given: Tensor) -> Tensor:
+    """Keys or values `[heads, tokens, dim]` as the pool holds them."""
+    scheme = getattr(module, "cache_scheme", None)
+    return given if scheme is None else compress(given, getattr(module, scale), scheme).view(torch.int8)
+
+
+def _read(module: Any, scale: str, held: Tensor) -> Tensor:
+    """The floats that some of the pool stands for."""
+    scheme = getattr(module, "cache_scheme", None)
+    return held if scheme is None else decompress(held.view(scheme.dtype), getattr(module, scale))
 
 
 def _mask(visible: npt.NDArray[np.bool_]) -> Tensor:

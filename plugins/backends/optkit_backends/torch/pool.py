@@ -13,7 +13,6 @@ from torch import Tensor
 __all__ = ["BLOCK_SIZE", "LayerShape", "Pool"]
 
 BLOCK_SIZE = 16
-FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +22,12 @@ class LayerShape:
     heads: int
     key_dim: int
     value_dim: int
+    dtype: torch.dtype = torch.float32
+    """Of the numbers; layers of one model have the same."""
 
     @property
     def block_bytes(self) -> int:
-        return BLOCK_SIZE * self.heads * (self.key_dim + self.value_dim) * FLOAT_BYTES
+        return BLOCK_SIZE * self.heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
 
 
 class Pool:
@@ -35,30 +36,32 @@ class Pool:
     Memory is committed as it is written. What was never written is zero, so that it can be masked: NaN could not.
 
     Attributes:
-        keys: of each layer `[heads, places, key_dim]` float32.
-        values: of each layer `[heads, places, value_dim]` float32.
+        keys: of each layer `[heads, places, key_dim]`: float32, or the bytes of a dtype of one byte as int8, because
+            torch cannot index E4M3 numbers.
+        values: of each layer `[heads, places, value_dim]`, likewise.
     """
 
     def __init__(self, layers: Sequence[LayerShape], blocks: int) -> None:
         self._blocks = blocks
-        self.keys = [self._zeros(layer.heads, layer.key_dim) for layer in layers]
-        self.values = [self._zeros(layer.heads, layer.value_dim) for layer in layers]
+        self.keys = [self._zeros(layer, layer.key_dim) for layer in layers]
+        self.values = [self._zeros(layer, layer.value_dim) for layer in layers]
 
-    def _zeros(self, heads: int, dim: int) -> Tensor:
+    def _zeros(self, layer: LayerShape, dim: int) -> Tensor:
         # numpy's zeros are pages that the kernel gives when they are written; torch writes all of them at once.
-        return torch.from_numpy(np.zeros((heads, self._blocks * BLOCK_SIZE, dim), np.float32))
+        dtype = np.float32 if layer.dtype is torch.float32 else np.int8
+        return torch.from_numpy(np.zeros((layer.heads, self._blocks * BLOCK_SIZE, dim), dtype))
 
-    def read(self, blocks: Sequence[int]) -> npt.NDArray[np.float32]:
+    def read(self, blocks: Sequence[int]) -> npt.NDArray[np.generic]:
         """A copy of some blocks, `[blocks, numbers]`: layer by layer the keys, then the values likewise."""
         ids = torch.tensor(blocks, dtype=torch.long)
         parts = [whole[:, ids].transpose(0, 1).flatten(1) for whole in self._by_block()]
-        contents: npt.NDArray[np.float32] = torch.cat(parts, dim=1).numpy()
+        contents: npt.NDArray[np.generic] = torch.cat(parts, dim=1).numpy()
         return contents
 
     def write(self, blocks: Sequence[int], contents: npt.NDArray[np.generic]) -> None:
         """Put what `read` gave into blocks."""
         ids = torch.tensor(blocks, dtype=torch.long)
-        given = torch.from_numpy(np.require(contents, np.float32, ["C", "W"]))  # torch warns of read-only arrays
+        given = torch.from_numpy(np.require(contents, None, ["C", "W"]))  # torch warns of read-only arrays
         start = 0
         for whole in self._by_block():
             heads, _, size = whole.shape

@@ -98,7 +98,9 @@ class _Probe:
 
     def attend(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> Tensor:
         layer: Any = module.layer_idx
-        self.layers[layer] = LayerShape(len(key), key.shape[-1], value.shape[-1])
+        scheme = getattr(module, "cache_scheme", None)
+        dtype = torch.float32 if scheme is None else scheme.dtype
+        self.layers[layer] = LayerShape(len(key), key.shape[-1], value.shape[-1], dtype)
         self.windows[layer] = options.get("sliding_window")
         self.unknown |= {name for name, given in options.items() if name not in HONOURED and given is not None}
         if options.get("is_causal") is False or not getattr(module, "is_causal", True):

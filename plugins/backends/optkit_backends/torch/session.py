@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from optkit.backends import TokenSession
+from optkit.kv import stop_rounding
 from optkit.steps import Caps, KernelTime, Limits, StepPlan, StepResult
 from optkit.weights import load_folder
 from optkit_backends.room import blocks_that_fit
@@ -34,6 +35,7 @@ class TorchSession(TokenSession):
     def __init__(self, weights: Path, limits: Limits) -> None:
         module: Any = load_folder(weights).module
         make_dense(module)
+        stop_rounding(module)
         layers = paged_layers(module, limits.max_length, weights)
         tokens = limits.kv_cache_tokens
         each = -(-limits.max_length // BLOCK_SIZE)
