@@ -12,7 +12,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from optkit.quantized import QuantizedLinear
+from optkit.errors import RecipeError
+from optkit.quantized import ActivationScheme, QuantizedLinear
 from optkit_backends.onnxruntime.files import GRAPH, WEIGHTS
 from optkit_backends.onnxruntime.integers import Blocks, blocked
 
@@ -25,6 +26,8 @@ IR_VERSION = 10
 ALIGNMENT = 4096
 # Shapes and other small constants live in the graph itself, where shape inference can read them.
 INLINE_BYTES = 128
+# The kernel's scales are those of blocks of a token's features, which only makes them finer.
+_BY_TOKEN = ActivationScheme(dynamic=True)
 
 
 class GraphBuilder:
@@ -141,7 +144,21 @@ class GraphBuilder:
         )
 
     def integers(self, layers: Sequence[QuantizedLinear], name: str) -> tuple[Blocks, list[ir.Value | None]]:
-        """The weights of quantized layers as MatMulNBits reads them: data, scales, and zero points or None."""
+        """The weights of quantized layers as MatMulNBits reads them: data, scales, and zero points or None.
+
+        Raises:
+            RecipeError: the kernel cannot read the weights, or round the input, as the layers say.
+        """
+        for layer in layers:
+            if layer.scheme.type == "float":
+                raise RecipeError("MatMulNBits of ONNX Runtime stores integers", where=name, found=layer.scheme.tag)
+            how = layer.activations
+            if how is not None and (how != _BY_TOKEN or self._accuracy_level != 4):
+                raise RecipeError(
+                    "MatMulNBits of ONNX Runtime rounds inputs to symmetric int8 as they come, at accuracy_level 4",
+                    where=name,
+                    found=how.tag,
+                )
         blocks = blocked(layers, self._block_size, name)
         shape = (*blocks.scales.shape, blocks.block_size * blocks.bits // 8)
         zero_points = blocks.zero_points

@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from optkit.errors import RecipeError
+from optkit.kv import cache_scheme
 from optkit.quantized import QuantizedLinear
 from optkit_backends.onnxruntime.builder import MICROSOFT, GraphBuilder
 from optkit_backends.onnxruntime.files import Facts
 
 __all__ = ["compile_module"]
 
-FLOAT, INT32, INT64 = ir.DataType.FLOAT, ir.DataType.INT32, ir.DataType.INT64
+FLOAT, INT8, INT32, INT64 = ir.DataType.FLOAT, ir.DataType.INT8, ir.DataType.INT32, ir.DataType.INT64
 # The other kinds depend on the length of the sequence, so their angles have no table.
 TABLED_ROPE = ("default", "linear", "llama3", "yarn")
 
@@ -56,6 +57,7 @@ def compile_module(module: nn.Module, directory: Path, *, accuracy_level: int, b
         head_dim=decoder.head_dim,
         vocab_size=model.lm_head.out_features,
         max_length=config.max_position_embeddings,
+        cache_dtype="float32" if decoder.cache is None else "int8",
     ).write(directory)
 
 
@@ -65,6 +67,7 @@ class _Decoder:
     def __init__(self, builder: GraphBuilder, model: Any) -> None:
         self.builder, self.model, self.config = builder, model, model.config
         self.head_dim: int = model.model.layers[0].self_attn.head_dim
+        self.cache = cache_scheme(model)
         self.tokens = builder.input("tokens", INT64, ["tokens"])
         # From packed tokens to [rows, width] and back: the token of each place, and the place of each token.
         self.spread = builder.input("spread", INT64, ["rows", "width"])
@@ -137,18 +140,23 @@ class _Decoder:
             for place, part in enumerate(self._queries(hidden, layer, path))
         ]
         shape = ["rows", self.config.num_key_value_heads, "capacity", self.head_dim]
-        past = [builder.input(f"past.{index}.{kind}", FLOAT, shape) for kind in ("key", "value")]
+        kept = FLOAT if self.cache is None else INT8
+        past = [builder.input(f"past.{index}.{kind}", kept, shape) for kind in ("key", "value")]
+        scales, rounding = self._cache_scales(layer, path)
         absent: list[ir.Value | None] = [None]
         output, *present = builder.nodes(
             "GroupQueryAttention",
-            # Absent: position_ids to k_norm_weight. Key and value are absent too where one product makes all three.
+            # Absent: position_ids to head_sink, and the norms' weights. Key and value are absent too where one product
+            # makes all three.
             [
                 *spread,
                 *absent * (3 - len(spread)),
                 *past,
                 *self.lengths,
                 *self.angles,
-                *absent * 7,
+                *absent * 3,
+                *scales,
+                *absent * 2,
                 self.query_seqlens,
             ],
             path,
@@ -159,11 +167,26 @@ class _Decoder:
             do_rotary=1,
             scale=float(layer.scaling),
             local_window_size=self._window(layer),
+            **rounding,
         )
         for value, kind in zip(present, ("key", "value"), strict=True):
-            builder.output(value, f"present.{index}.{kind}", FLOAT, shape)
+            builder.output(value, f"present.{index}.{kind}", kept, shape)
         packed = builder.node("GatherND", [output, self.places], f"{path}.pack")
         return builder.linear(packed, [layer.o_proj], f"{path}.o_proj")
+
+    def _cache_scales(self, layer: Any, path: str) -> tuple[list[ir.Value | None], dict[str, Any]]:
+        """What GroupQueryAttention must know of its cache: scales of keys and values, and attributes."""
+        if self.cache is None:
+            return [None, None], {}
+        by_head = self.cache.granularity == "head"
+        # The kernel knows a scale for each channel, not for each head.
+        shape = (1, self.config.num_key_value_heads, 1, self.head_dim)
+        scales: list[ir.Value | None] = [
+            self.builder.constant(f"{path}.{name}", scale.expand(shape) if by_head else scale)
+            for name, scale in (("k_scale", layer.k_scale), ("v_scale", layer.v_scale))
+        ]
+        kind = "PER_CHANNEL" if by_head else "PER_TENSOR"
+        return scales, {"k_quant_type": kind, "v_quant_type": kind, "kv_cache_bit_width": 8}
 
     def _queries(self, hidden: ir.Value, layer: Any, path: str) -> list[ir.Value]:
         """Queries, keys and values: side by side in one value where a single product can make them, else in three."""

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime
 
 from optkit.backends import TokenSession
-from optkit.errors import DamagedError, RecipeError
+from optkit.errors import RecipeError
 from optkit.steps import Caps, KernelTime, Limits, Row, StepPlan, StepResult
 from optkit_backends.onnxruntime.files import GRAPH, Facts
+from optkit_backends.onnxruntime.loading import load
 from optkit_backends.onnxruntime.trace import kernel_times
 from optkit_backends.room import blocks_that_fit
 
@@ -40,7 +40,7 @@ class OnnxSession(TokenSession):
                 remedy=f"set max_length to {facts.max_length} or less",
             )
         self._graph = directory / GRAPH
-        self._load = partial(_load, self._graph, threads=threads, spin=spin)
+        self._load = partial(load, self._graph, threads=threads, spin=spin)
         self._session: Any = self._load()
         self._launches: dict[Layout, _Launch] = {}
         # Attention wants room for the padding of a step too: with one place more, an idle slot always has it.
@@ -51,11 +51,11 @@ class OnnxSession(TokenSession):
             limits,
             wanted=most if tokens is None else min(most, tokens // limits.max_length),
             block_size=limits.max_length,
-            block_bytes=2 * facts.layers * math.prod(shape) * 4,
+            block_bytes=2 * facts.layers * math.prod(shape) * np.dtype(facts.cache_dtype).itemsize,
         )
         # Zeros are pages that the kernel gives when they are written, so memory grows with use.
-        self._cache = {
-            f"{layer}.{kind}": np.zeros((slots, *shape), np.float32)
+        self._cache: dict[str, npt.NDArray[np.generic]] = {
+            f"{layer}.{kind}": np.zeros((slots, *shape), facts.cache_dtype)
             for layer in range(facts.layers)
             for kind in ("key", "value")
         }
@@ -120,7 +120,9 @@ class _Launch:
     Everything that the layout decides is bound once; a step of the same layout only brings tokens and lengths.
     """
 
-    def __init__(self, session: Any, cache: Mapping[str, Floats], layout: Layout, vocab_size: int) -> None:
+    def __init__(
+        self, session: Any, cache: Mapping[str, npt.NDArray[np.generic]], layout: Layout, vocab_size: int
+    ) -> None:
         slots, counts, logits = zip(*layout, strict=True)
         first, width, tokens = min(slots), max(counts), sum(counts)
         window = max(slots) + 1 - first
@@ -186,18 +188,3 @@ def _launches(rows: Sequence[Row], capacity: int) -> list[list[Row]]:
         launches.append([row for row in left if row.computed + width <= capacity])
         left = [row for row in left if row.computed + width > capacity]
     return launches
-
-
-def _load(graph: Path, *, threads: int, spin: bool, trace: Path | None = None) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin)))
-    # Other engines run between steps: idle threads must leave them the cores.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    if trace:
-        options.enable_profiling, options.profile_file_prefix = True, str(trace)
-    try:
-        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the runtime's exceptions share no other base
-        raise DamagedError(f"onnxruntime cannot load it: {error}", where=str(graph)) from error

@@ -1,0 +1,56 @@
+"""A compiled model of one step as a session: encoders, vision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from optkit.backends import TensorSession
+from optkit.errors import DamagedError
+from optkit.steps import TensorSpec
+from optkit_backends.onnxruntime.files import GRAPH, TensorFacts
+from optkit_backends.onnxruntime.loading import load
+
+__all__ = ["OnnxTensorSession"]
+
+DTYPES = {"tensor(int64)": "int64", "tensor(float)": "float32", "tensor(bool)": "bool", "tensor(uint8)": "uint8"}
+
+
+class OnnxTensorSession(TensorSession):
+    """Runs what `compile_encoder` or `compile_tensors` wrote; see `optkit.backends.TensorSession`.
+
+    Args:
+        directory: holds the files.
+        threads: that run one call.
+        spin: whether threads that wait for their share keep their cores busy.
+
+    Raises:
+        DamagedError: a file is missing, cut short, or not what was written.
+    """
+
+    def __init__(self, directory: Path, *, threads: int, spin: bool) -> None:
+        facts = TensorFacts.read(directory)
+        graph = directory / GRAPH
+        self._session: Any = load(graph, threads=threads, spin=spin)
+        self.inputs = {value.name: _spec(value) for value in self._session.get_inputs()}
+        self.outputs = {value.name: _spec(value) for value in self._session.get_outputs()}
+        found = [list(self.inputs), list(self.outputs)]
+        if found != [facts.inputs, facts.outputs]:
+            raise DamagedError("has other inputs and outputs than were written", where=str(graph), found=found)
+
+    def run(self, inputs: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, npt.NDArray[np.generic]]:
+        feed = {name: inputs[name] for name in self.inputs}
+        return dict(zip(self.outputs, self._session.run(None, feed), strict=True))
+
+    def close(self) -> None:
+        self._session = None
+
+
+def _spec(value: Any) -> TensorSpec:
+    """The runtime's own description, whose axes of any size have a name or nothing."""
+    shape = tuple(size if isinstance(size, int) else None for size in value.shape)
+    return TensorSpec(DTYPES[value.type], shape)

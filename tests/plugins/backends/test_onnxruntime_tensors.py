@@ -1,0 +1,386 @@
+"""Encoders and convolutional networks on the onnxruntime backend, against torch: floats, integers, and files."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+import torch
+from torch import nn
+
+import optkit
+from optkit.calibration import Calibration
+from optkit.engine.tensors import padded
+from optkit.errors import DamagedError, RecipeError
+from optkit.model import Model
+from optkit.quantized import QuantizedConv2d, QuantizedLinear, quantized_layers, replace_module
+from optkit.schemes import ActivationScheme, WeightScheme
+from optkit.steps import Limits, TensorSpec
+from optkit.transforms import TransformContext
+from optkit.weights import load_folder, save_folder
+from optkit_backends.onnxruntime import STATIC_TOLERANCE, OnnxRuntime
+from optkit_backends.onnxruntime.export import compile_encoder, compile_tensors
+from optkit_backends.onnxruntime.layers import exportable
+from optkit_backends.onnxruntime.loading import load
+from optkit_backends.onnxruntime.tensors import OnnxTensorSession
+from optkit_backends.onnxruntime.trace import kernel_times
+from optkit_quantize.int8_static import Int8Static
+from optkit_quantize.rtn import RTN
+
+RANDOM = np.random.default_rng(0)
+SEQUENCES = [tuple(RANDOM.integers(10, 300, size=length).tolist()) for length in (40, 1, 7, 64)]
+BACKEND = OnnxRuntime(threads=1)
+EXACT = OnnxRuntime(threads=1, accuracy_level=1)
+LIMITS = Limits(4, 64)
+SHIFTED = (torch.tensor([0.02]), torch.tensor([-30], dtype=torch.int8))
+
+
+def context(*batches):
+    return TransformContext(lambda *_: None, Calibration(batches))
+
+
+def tokens(count, vocabulary=300):
+    """Calibration data."""
+    for length in range(8, 8 + 8 * count, 8):
+        ids = torch.from_numpy(RANDOM.integers(10, vocabulary, size=(1, length)))
+        yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def compiled(model, directory, backend=BACKEND):
+    directory.mkdir(exist_ok=True)
+    backend.compile(model, directory)
+    return directory
+
+
+def alone(module, ids):
+    with torch.inference_mode():
+        return module(input_ids=torch.tensor([ids])).last_hidden_state[0].numpy()
+
+
+def distance(found, reference):
+    assert found.shape == reference.shape
+    return float(np.linalg.norm(found - reference) / np.linalg.norm(reference))
+
+
+def distances(session, module, sequences=SEQUENCES):
+    """Of each sequence in one padded batch from the module's own answer to it alone."""
+    [hidden] = session.run(padded(sequences, session.inputs)).values()
+    assert hidden.dtype == np.float32
+    return [distance(row[: len(ids)], alone(module, ids)) for row, ids in zip(hidden, sequences, strict=True)]
+
+
+def kernels(directory, inputs, tmp_path):
+    """What ran, by the runtime's own profiler."""
+    session = load(directory / "model.onnx", threads=1, spin=False, trace=tmp_path / "trace")
+    session.run(None, inputs)
+    times = kernel_times(tmp_path / session.end_profiling(), directory / "model.onnx", runs=1)
+    return Counter(time.kernel.partition(" ")[0] for time in times)
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_bert, tmp_path_factory):
+    """A float encoder and its files."""
+    model = tiny_bert()
+    return SimpleNamespace(module=model.module, files=compiled(model, tmp_path_factory.mktemp("plain")))
+
+
+@pytest.fixture(scope="module")
+def static(tiny_bert, tmp_path_factory):
+    """One with static int8 activations."""
+    transform = Int8Static(observer="minmax", ignore=("re:pooler",))
+    model = transform.apply(tiny_bert(num_hidden_layers=1), context(*tokens(6)))
+    return SimpleNamespace(module=model.module, files=compiled(model, tmp_path_factory.mktemp("static")))
+
+
+def test_a_padded_batch_is_its_sequences_alone(plain):
+    with BACKEND.open(plain.files, plain.files, LIMITS) as session:
+        assert isinstance(session, OnnxTensorSession)
+        assert session.inputs == dict.fromkeys(("input_ids", "attention_mask"), TensorSpec("int64", (None, None)))
+        assert session.outputs == {"last_hidden_state": TensorSpec("float32", (None, None, 32))}
+        assert max(distances(session, plain.module)) < 1e-5
+        for batch in (SEQUENCES[:1], SEQUENCES[1:2], SEQUENCES * 5):
+            assert max(distances(session, plain.module, batch)) < 1e-5
+
+
+def test_a_result_does_not_depend_on_what_else_is_in_the_batch(plain, static):
+    for encoder in (plain, static):
+        with BACKEND.open(encoder.files, encoder.files, LIMITS) as session:
+            [together] = session.run(padded(SEQUENCES, session.inputs)).values()
+            for row, ids in zip(together, SEQUENCES, strict=True):
+                [[lonely]] = session.run(padded([ids], session.inputs)).values()
+                assert distance(row[: len(ids)], lonely) < 1e-5
+
+
+def test_static_int8_is_what_the_layers_say_and_runs_as_integers(static, tiny_bert, tmp_path):
+    plain = tiny_bert(num_hidden_layers=1).module
+    with BACKEND.open(static.files, static.files, LIMITS) as session:
+        inputs = padded(SEQUENCES, session.inputs)
+        found = distances(session, static.module)
+    # Sums are exact, so only a rounding that other floats before it tip over makes a difference.
+    assert max(found) < 1e-4
+    assert max(distance(alone(static.module, ids), alone(plain, ids)) for ids in SEQUENCES) > 1e-3
+    ran = kernels(static.files, inputs, tmp_path)
+    assert ran["MatMulIntegerToFloat"] == len(list(quantized_layers(static.module))) == 6
+    assert not ran & Counter(MatMul=1, Gemm=1, FusedMatMul=1, DequantizeLinear=1)
+    assert ran["MultiHeadAttention"] == 1
+    # Query, key and value round the same input once.
+    assert ran["QuantizeLinear"] == 4
+
+
+def test_integer_weights_alone_are_the_very_same(tiny_bert, tmp_path):
+    model = RTN(bits=8, targets=("re:.*attention.*",)).apply(tiny_bert(num_hidden_layers=1), context())
+    model = RTN(bits=4, granularity="group", group_size=16, symmetric=False).apply(model, context())
+    schemes = {layer.scheme.tag for _, layer in quantized_layers(model.module)}
+    assert schemes == {"weights:int8-channel", "weights:int4-group-asym"}
+    with EXACT.open(compiled(model, tmp_path, EXACT), tmp_path, LIMITS) as session:
+        assert max(distances(session, model.module)) < 1e-5
+
+
+def test_compiling_leaves_the_model_as_it_is(tiny_bert, static):
+    module = copy.deepcopy(static.module)
+    assert module.config._attn_implementation == tiny_bert().module.config._attn_implementation
+    assert {type(layer) for _, layer in quantized_layers(module)} == {QuantizedLinear}
+
+
+def test_nothing_in_the_graph_tells_of_this_machine(static):
+    model = ir.load(static.files / "model.onnx")
+    assert not any(node.metadata_props or node.doc_string for node in model.graph)
+    assert b"site-packages" not in (static.files / "model.onnx").read_bytes()
+
+
+def test_an_encoder_of_texts_runs_on_it(tiny_bert, tiny_encoder, plain, published, encoder_artifact):
+    def files(folder):
+        save_folder(tiny_bert(), folder)
+        shutil.copytree(plain.files, folder.parent / "runtime", dirs_exist_ok=True)
+
+    batching = {"bucketed": {"max_batch_size": 4, "max_padding": 0.1}}
+    recipe = {"backend": {"onnxruntime": {"threads": 1}}, "batching": batching}
+    facts = {"tags": ["task:feature-extraction"], "max_batch_size": 4, "max_length": 64}
+    texts = ["the capital of France", "a", "A model reads tokens and answers with the next one, 0 1 2 3 4 5 6 7 8 9."]
+    with optkit.Encoder(published("onnxruntime", recipe, files, **facts)) as encoder:
+        found = encoder.encode(texts)
+    with optkit.Encoder(encoder_artifact(tiny_encoder, batching, 64)) as encoder:
+        np.testing.assert_allclose(found, encoder.encode(texts), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [(name, harm) for name in ("model.onnx", "model.onnx.data", "tensors.json") for harm in ("cut", "gone")],
+)
+def test_damaged_files_are_refused_in_one_line(plain, name, harm, tmp_path):
+    directory = shutil.copytree(plain.files, tmp_path / "files")
+    path = directory / name
+    if harm == "gone":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(DamagedError) as raised:
+        BACKEND.open(directory, directory, LIMITS)
+    assert "\n" not in str(raised.value)
+    assert str(directory) in str(raised.value)
+
+
+def test_closing_twice_does_nothing(plain):
+    session = BACKEND.open(plain.files, plain.files, LIMITS)
+    session.close()
+    session.close()
+
+
+class Forks(nn.Module):
+    """Goes where its data tells it."""
+
+    def forward(self, pixels):
+        return pixels + 1 if pixels.sum() > 0 else pixels
+
+
+def test_what_cannot_be_exported_is_named(tmp_path):
+    with pytest.raises(RecipeError, match=r"Forks: torch\.onnx cannot export it \(") as raised:
+        compile_tensors(Forks(), {"pixels": torch.ones(2, 3)}, tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "activations", "why"),
+    [
+        (WeightScheme(8, None, True), ActivationScheme(dynamic=True), "one scale, found by calibration, found 'activ"),
+        (WeightScheme(8, 16, True), ActivationScheme(dynamic=False), "each output channel, found 'groups of 16'"),
+        (WeightScheme(3, None, True), None, "stores 2, 4 or 8 bits, found 3"),
+    ],
+)
+def test_linear_layers_without_a_kernel_are_named(scheme, activations, why, tiny_bert, tmp_path):
+    module = tiny_bert().module
+    scale = torch.ones(32, 32 // (scheme.group_size or 32))
+    input = SHIFTED[:1] if activations is not None and not activations.dynamic else ()
+    layer = QuantizedLinear(torch.zeros(32, 32, dtype=torch.int8), scale, None, None, scheme, activations, *input)
+    replace_module(module, "pooler.dense", layer)
+    with pytest.raises(RecipeError, match=rf"pooler\.dense: .*{why}"):
+        compile_encoder(module, tmp_path, accuracy_level=4, block_size=64)
+
+
+def convolution(symmetric=True, activations=None, input=(), **options):
+    """A quantized convolution with extreme weights."""
+    layer = nn.Conv2d(4, 6, 3, **options).requires_grad_(False)
+    weight = torch.randint(0, 2, layer.weight.shape) * 255 - 128
+    zero_point = None if symmetric else torch.zeros(6, 1, dtype=torch.int8)
+    scheme = WeightScheme(8, None, symmetric)
+    return QuantizedConv2d(
+        layer, weight.to(torch.int8), torch.rand(6, 1) + 0.1, zero_point, layer.bias, scheme, activations, *input
+    )
+
+
+def test_convolutions_without_a_kernel_are_named():
+    with pytest.raises(RecipeError, match=r"stem: .* weights alone are integers"):
+        exportable(convolution(), "stem", accuracy_level=4, block_size=64)
+    static = ActivationScheme(dynamic=False)
+    with pytest.raises(RecipeError, match=r"stem: QLinearConv .* symmetric weights, found 'weights:int8-channel-asym'"):
+        exportable(convolution(False, static, SHIFTED[:1]), "stem", accuracy_level=4, block_size=64)
+
+
+class Products(nn.Module):
+    """Layers of the largest integers, whose sums do not fit 16 bits. Some run twice, one has too large a bias."""
+
+    def __init__(self):
+        super().__init__()
+        shifted, symmetric = ActivationScheme(dynamic=False, symmetric=False), ActivationScheme(dynamic=False)
+        self.same = convolution(True, shifted, SHIFTED, padding="same", dilation=2)
+        self.groups = convolution(True, symmetric, SHIFTED[:1], padding=1, stride=(2, 1), groups=2, bias=False)
+        self.biased = convolution(True, shifted, SHIFTED)
+        self.biased.bias += 1e9
+        weight = torch.randint(0, 2, (6, 6)) * 255 - 128
+        zero_point = torch.randint(-9, 9, (6, 1), dtype=torch.int8)
+        self.linear = QuantizedLinear(
+            weight.to(torch.int8), torch.rand(6, 1), zero_point, None, WeightScheme(8, None, False), shifted, *SHIFTED
+        )
+
+    def forward(self, pixels, gains):
+        same = self.same(pixels)
+        groups = self.groups(pixels)
+        rows = self.linear(self.linear(same.mean((2, 3))).sigmoid() * gains)
+        following = self.groups(nn.functional.max_pool2d(self.groups(pixels).relu(), 2)[:, :4])
+        chained = self.biased(pixels).relu()
+        return {"same": same, "groups": groups, "rows": rows, "following": following, "chained": chained}
+
+
+def test_products_of_the_largest_integers_are_exact_on_every_processor(tmp_path):
+    module = Products().eval()
+    inputs = {"pixels": torch.randint(0, 2, (3, 4, 9, 8)) * 10.0 - 4.0, "gains": torch.rand(3, 1)}
+    with torch.inference_mode():
+        wanted = module(**inputs)
+    compile_tensors(module, inputs, tmp_path)
+    with OnnxTensorSession(tmp_path, threads=2, spin=False) as session:
+        assert session.inputs["pixels"] == TensorSpec("float32", (None, 4, 9, 8))
+        assert list(session.outputs) == list(wanted)
+        found = session.run({name: tensor.numpy() for name, tensor in inputs.items()})
+        assert {len(array) for array in session.run({n: t[:1].numpy() for n, t in inputs.items()}).values()} == {1}
+    for name, tensor in wanted.items():
+        assert distance(found[name], tensor.numpy()) < 1e-5, name
+
+
+class Digits(nn.Module):
+    """A small network for images of 8 by 8, with all that decides how a convolution is compiled."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.middle = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.last, self.head = nn.Conv2d(16, 32, 3, padding=1), nn.Linear(32 * 4, 10)
+
+    def forward(self, pixels):
+        hidden = nn.functional.max_pool2d(self.stem(pixels).relu(), 2)
+        hidden = hidden + self.middle(hidden)
+        hidden = nn.functional.max_pool2d(self.last(hidden).relu(), 2)
+        return self.head(hidden.flatten(1))
+
+
+@pytest.fixture(scope="module")
+def digits():
+    """A trained network, and images that it has not seen."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    pixels, labels = torch.from_numpy(data.images).float()[:, None] / 16, torch.from_numpy(data.target)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        module = Digits()
+        optimizer = torch.optim.Adam(module.parameters(), 4e-3)
+        for _ in range(8):
+            for chosen in torch.randperm(1200).split(50):
+                loss = nn.functional.cross_entropy(module(pixels[chosen]), labels[chosen])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    return SimpleNamespace(
+        module=module.eval().requires_grad_(False), seen=pixels[:1200], pixels=pixels[1200:], labels=labels[1200:]
+    )
+
+
+def test_a_convolutional_network_keeps_its_accuracy_in_integers(digits, tmp_path):
+    def accuracy(logits):
+        return float((torch.as_tensor(logits).argmax(-1) == digits.labels).float().mean())
+
+    wanted = accuracy(digits.module(digits.pixels))
+    assert wanted > 0.93
+    transform = Int8Static(targets=("Linear", "Conv2d"), ignore=())
+    batches = [{"pixels": batch} for batch in digits.seen[:128].split(32)]
+    model = transform.apply(Model(copy.deepcopy(digits.module), None, frozenset({"weights:float"})), context(*batches))
+    compile_tensors(model.module, {"pixels": digits.pixels[:1]}, tmp_path)
+    with OnnxTensorSession(tmp_path, threads=1, spin=False) as session:
+        found = session.run({"pixels": digits.pixels.numpy()})["output"]
+    assert accuracy(found) >= wanted - 0.01
+    with torch.inference_mode():
+        assert distance(found, model.module(digits.pixels).numpy()) < 0.01
+    ran = kernels(tmp_path, {"pixels": digits.pixels.numpy()}, tmp_path)
+    # Where the sum goes on in floats no integers can come out of the convolution.
+    assert (ran["QLinearConv"], ran["ConvInteger"], ran["MatMulIntegerToFloat"]) == (1, 2, 1)
+    assert not ran & Counter(Conv=1, FusedConv=1, MatMul=1, Gemm=1, DequantizeLinear=1)
+
+
+def test_lowering_of_encoders():
+    encoder = frozenset({"task:feature-extraction", "arch:anything", "shape:pruned"})
+
+    def lowered(*tags):
+        return OnnxRuntime().lowering(encoder | set(tags))
+
+    assert set(lowered("weights:float")) == {"weights:float"}
+    for tags in (
+        ("weights:int8-channel", "activations:int8-static"),
+        ("weights:int8-channel", "activations:int8-static-asym"),
+        ("weights:float", "weights:int4-channel-asym", "activations:int8-static-asym"),
+    ):
+        found = lowered(*tags)
+        assert set(found) == set(tags)
+        assert all(entry.possible and entry.native for entry in found.values())
+        assert "MatMulIntegerToFloat" in found[tags[-1]].kernel
+    assert lowered("weights:int4-group")["weights:int4-group"].kernel.startswith("MatMulNBits")
+    assert not lowered("weights:int8-group", "activations:int8-static")["weights:int8-group"].possible
+    for activations in ("activations:int8-dynamic", "activations:fp8-static"):
+        assert not lowered("weights:int8-channel", activations)[activations].possible
+    decoder = OnnxRuntime().lowering(frozenset({"task:causal-lm", "weights:int8-channel", "activations:int8-static"}))
+    assert not decoder["activations:int8-static"].possible
+
+
+@pytest.mark.slow
+def test_minilm_in_static_int8_stays_close_and_runs_as_integers(minilm, tmp_path):
+    from optkit.builtin.texts import PythonReference
+
+    model = load_folder(minilm)
+    reference = copy.deepcopy(model.module)
+    text = model.tokenizer(" ".join(PythonReference().texts())[:20000], add_special_tokens=False)["input_ids"]
+    ends = model.tokenizer.cls_token_id, model.tokenizer.sep_token_id
+    sequences = [(ends[0], *text[start : start + 126], ends[1]) for start in range(0, 126 * 16, 126)]
+    batches = [{"input_ids": torch.tensor([ids]), "attention_mask": torch.ones(1, 128).long()} for ids in sequences]
+    model = Int8Static().apply(model, context(*batches[8:]))
+    compiled(model, tmp_path)
+    with BACKEND.open(tmp_path, tmp_path, LIMITS) as session:
+        inputs = padded(sequences[:8], session.inputs)
+        [hidden] = session.run(inputs).values()
+        assert max(distances(session, model.module, sequences[:4])) < STATIC_TOLERANCE
+    found = nn.functional.normalize(torch.from_numpy(hidden.mean(1)), dim=-1)
+    plain = torch.from_numpy(np.stack([alone(reference, ids).mean(0) for ids in sequences[:8]]))
+    cosine = (found * nn.functional.normalize(plain, dim=-1)).sum(-1)
+    assert cosine.mean() >= 0.97, f"mean {cosine.mean():.4f}, smallest {cosine.min():.4f}"
+    assert kernels(tmp_path, inputs, tmp_path)["MatMulIntegerToFloat"] == 36
