@@ -17,7 +17,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do "$$na
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help quickstart bench-quickstart bench-continuous bench-scheduler bench-serving install test test-slow test-nightly test-soak test-clients lint types layers docs docs-check check clean
+.PHONY: test-gpu bench-quantizers help quickstart bench-quickstart bench-continuous bench-scheduler bench-serving install test test-slow test-nightly test-soak test-clients lint types layers docs docs-check check clean
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of"
@@ -77,6 +77,14 @@ test-clients: .venv/.dev ## run other projects' clients against the server, in t
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -m clients --timeout 1800 tests/clients $(ARGS)
 	@echo "Next: make check, before a commit"
 
+test-gpu: .venv/.dev ## run the tests that need a GPU; skipped, with the reason, where torch sees none
+	.venv/bin/python -m pytest -m gpu tests/gpu $(ARGS)
+	@echo "Next: make check, before a commit"
+
+bench-quantizers: .venv/.dev ## measure what each quantizer costs in quality, time and memory, into benchmarks/quality/
+	.venv/bin/python benchmarks/quality/quantizers.py
+	@echo "Next: git diff benchmarks"
+
 lint: .venv/.dev ## check the style; "ruff format ." and "ruff check --fix ." mend most of it
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -111,7 +119,7 @@ clean: ## remove what the targets made, .venv included
 
 .venv/.dev: .venv/.core
 	@echo "== Installing the test and lint tools into .venv"
-	@$(INSTALL) -e '.[onnxruntime,serve,otel,test,lint]' || { $(pip_failed); exit 1; }
+	@$(INSTALL) -e '.[bitsandbytes,onnxruntime,serve,otel,test,lint]' || { $(pip_failed); exit 1; }
 	@touch $@
 
 .venv/bin/python:

@@ -73,6 +73,27 @@ def test_the_guides_example_is_a_plugin(generator, tiny_llama):
     assert model.module.model.layers[0].mlp.up_proj.weight.abs().max() == pytest.approx(0.05)
 
 
+def test_the_quantizer_of_the_guide_quantizes(tiny_llama):
+    import torch
+
+    from optkit.calibration import Calibration
+    from optkit.quantized import quantized_layers
+    from optkit.transforms import TransformContext
+
+    page = (ROOT / "docs/quantizing.md").read_text(encoding="utf-8")
+    [source] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    namespace = type(sys)("clipped")
+    exec(source, namespace.__dict__)
+    ids = torch.arange(5, 25)[None]
+    context = TransformContext(lambda *_: None, Calibration(({"input_ids": ids},)))
+    for limit, all_of_them in ((1e9, True), (0.0, False)):
+        model = namespace.Clipped(limit=limit).apply(tiny_llama(), context)
+        layers = [name for name, layer in model.module.named_modules() if isinstance(layer, torch.nn.Linear)]
+        assert (not layers) is all_of_them
+        assert bool(dict(quantized_layers(model.module))) is all_of_them
+        assert "weights:int8-channel" in model.tags
+
+
 class Example(Options):
     """Options of every shape."""
 

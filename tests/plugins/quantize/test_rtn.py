@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from optkit.errors import OptkitError, RecipeError
 from optkit.quantized import QuantizedLinear, WeightScheme, dequantize
 from optkit.transforms import TransformContext
-from optkit_quantize.rtn import RTN, quantize_weight
+from optkit_quantize.rounding import round_weight
+from optkit_quantize.rtn import RTN
 
 CONTEXT = TransformContext(progress=lambda done, total, what: None)
 
@@ -61,7 +62,7 @@ def test_agrees_with_the_reference(rows, groups, group, bits, symmetric, kind, s
     elif kind == "tiny":
         weight *= 1e-20
     scheme = WeightScheme(bits, group, symmetric)
-    integers, scale, zero_point = quantize_weight(torch.from_numpy(weight), scheme)
+    integers, scale, zero_point = round_weight(torch.from_numpy(weight), scheme)
     expected, quotients, scales, zeros = reference(weight, bits, group, symmetric)
     np.testing.assert_allclose(scale.numpy(), scales, rtol=1e-6)
     if zero_point is not None:
@@ -84,7 +85,7 @@ def test_agrees_with_the_reference(rows, groups, group, bits, symmetric, kind, s
 
 def test_one_scale_for_a_channel_of_any_width():
     weight = torch.randn(3, 7)
-    integers, scale, zero_point = quantize_weight(weight, WeightScheme(8, None, True))
+    integers, scale, zero_point = round_weight(weight, WeightScheme(8, None, True))
     assert (integers.shape, scale.shape, zero_point) == ((3, 7), (3, 1), None)
     torch.testing.assert_close(dequantize(integers, scale, None), weight, atol=0.51 * scale.max().item(), rtol=0)
 
@@ -94,7 +95,7 @@ def test_a_weight_that_is_not_finite_is_refused(bad):
     weight = torch.ones(2, 16)
     weight[1, 3] = bad
     with pytest.raises(OptkitError, match=r"^a\.b: a weight is not finite"):
-        quantize_weight(weight, WeightScheme(4, None, True), name="a.b")
+        round_weight(weight, WeightScheme(4, None, True), name="a.b")
 
 
 def test_quantizes_every_linear_but_the_head_by_default(tiny_llama):
@@ -129,7 +130,7 @@ def test_zeros_stay_zero():
     weight = torch.randn(4, 64)
     weight[weight.abs() < 0.5] = 0
     for symmetric in (True, False):
-        integers, scale, zero_point = quantize_weight(weight, WeightScheme(4, 16, symmetric))
+        integers, scale, zero_point = round_weight(weight, WeightScheme(4, 16, symmetric))
         assert (dequantize(integers, scale, zero_point)[weight == 0] == 0).all()
 
 
