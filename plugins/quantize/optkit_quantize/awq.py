@@ -10,7 +10,7 @@ from pydantic import Field
 from optkit.model import Model, ModelCard
 from optkit.transforms import TransformContext
 from optkit_quantize.quantizer import WeightOnly, install
-from optkit_quantize.rounding import grouped, ranges, round_weight, round_with
+from optkit_quantize.rounding import grouped, least_wrong, round_weight, round_with
 from optkit_quantize.structure import Feed, Layout, fold, inputs_of, layout_of
 
 if TYPE_CHECKING:
@@ -203,24 +203,15 @@ def clipped_round(
     Raises:
         OptkitError: a weight is not finite.
     """
-    import torch
 
     groups = grouped(weight, scheme, name=name)
     vectors = sample.reshape(len(sample), -1, groups.shape[-1]).transpose(0, 1)
     # The squared error of a group's part of the output is w P w^T, with w the error of the group's weights.
     products = vectors.transpose(1, 2) @ vectors
-    smallest, largest = groups.amin(-1), groups.amax(-1)
-    scale, zero_point = ranges(smallest, largest, scheme)
-    least = torch.full_like(scale, torch.inf)
-    for share in _SHARES:
-        tried, zero = ranges(smallest * share, largest * share, scheme)
-        values = round_with(groups, tried, zero, scheme).float()
-        if zero is not None:
-            values -= zero.unsqueeze(-1)
-        wrong = values.mul_(tried.unsqueeze(-1)).sub_(groups)
-        error = ((wrong.transpose(0, 1) @ products).transpose(0, 1) * wrong).sum(-1)
-        better = error < least
-        least, scale = torch.where(better, error, least), torch.where(better, tried, scale)
-        if zero is not None and zero_point is not None:
-            zero_point = torch.where(better, zero, zero_point)
+    scale, zero_point = least_wrong(
+        groups,
+        _SHARES,
+        scheme,
+        lambda wrong: ((wrong.transpose(0, 1) @ products).transpose(0, 1) * wrong).sum(-1),
+    )
     return round_with(groups, scale, zero_point, scheme).flatten(1), scale, zero_point

@@ -11,7 +11,7 @@ from optkit.errors import OptkitError
 from optkit.model import Model
 from optkit.transforms import TransformContext
 from optkit_quantize.quantizer import WeightOnly, install
-from optkit_quantize.rounding import grouped, ranges, round_with
+from optkit_quantize.rounding import grouped, least_wrong, ranges, round_with
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -282,19 +282,4 @@ def _search(groups: Tensor, weights: Tensor, scheme: WeightScheme) -> tuple[Tens
         weights: `[groups, group size]` float32, or `[group size]` for one group.
         scheme: of the integers.
     """
-    import torch
-
-    smallest, largest = groups.amin(-1), groups.amax(-1)
-    scale, zero_point = ranges(smallest, largest, scheme)
-    least = torch.full_like(scale, torch.inf)
-    for shrink in _SHRINKS:
-        tried, zero = ranges(smallest * shrink, largest * shrink, scheme)
-        values = round_with(groups, tried, zero, scheme).float()
-        if zero is not None:
-            values -= zero.unsqueeze(-1)
-        error = values.mul_(tried.unsqueeze(-1)).sub_(groups).square_().mul_(weights).sum(-1)
-        better = error < least
-        least, scale = torch.where(better, error, least), torch.where(better, tried, scale)
-        if zero is not None and zero_point is not None:
-            zero_point = torch.where(better, zero, zero_point)
-    return scale, zero_point
+    return least_wrong(groups, _SHRINKS, scheme, lambda wrong: wrong.square_().mul_(weights).sum(-1))

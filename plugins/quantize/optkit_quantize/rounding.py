@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from optkit.errors import OptkitError
@@ -11,7 +12,7 @@ if TYPE_CHECKING:
 
     from optkit.quantized import WeightScheme
 
-__all__ = ["grouped", "ranges", "round_weight", "round_with"]
+__all__ = ["grouped", "least_wrong", "ranges", "round_weight", "round_with"]
 
 
 def round_weight(weight: Tensor, scheme: WeightScheme, *, name: str = "weight") -> tuple[Tensor, Tensor, Tensor | None]:
@@ -91,3 +92,35 @@ def round_with(values: Tensor, scale: Tensor, zero_point: Tensor | None, scheme:
     if zero_point is not None:
         divided = divided + zero_point.to(divided.dtype).unsqueeze(-1)
     return divided.round().clamp(*scheme.range).to(scheme.dtype)
+
+
+def least_wrong(
+    groups: Tensor, shares: Iterable[float], scheme: WeightScheme, error: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor | None]:
+    """Scales and zero points of ranges shrunk so that each group errs least; weights beyond a range are clipped.
+
+    Args:
+        groups: `[out, groups, group size]` float32.
+        shares: of the whole range, to try; of equals the first is taken.
+        scheme: of the integers.
+        error: from what rounding changes, in the shape of `groups` and free to be overwritten, to `[out, groups]`.
+
+    Returns:
+        Scales `[out, groups]` float32, and zero points likewise int8, or None.
+    """
+    import torch
+
+    smallest, largest = groups.amin(-1), groups.amax(-1)
+    scale, zero_point = ranges(smallest, largest, scheme)
+    least = torch.full_like(scale, torch.inf)
+    for share in shares:
+        tried, zero = ranges(smallest * share, largest * share, scheme)
+        values = round_with(groups, tried, zero, scheme).float()
+        if zero is not None:
+            values -= zero.unsqueeze(-1)
+        wrong = error(values.mul_(tried.unsqueeze(-1)).sub_(groups))
+        better = wrong < least
+        least, scale = torch.where(better, wrong, least), torch.where(better, tried, scale)
+        if zero is not None and zero_point is not None:
+            zero_point = torch.where(better, zero, zero_point)
+    return scale, zero_point
