@@ -65,8 +65,7 @@ class Block:
     def run(self) -> Iterator[Tensor]:
         """The block's output for each batch, `[rows, ...]`, with the weights that it has now. No gradients."""
         for run in self._runs:
-            with torch.no_grad():
-                yield run()
+            yield _run(run)
 
     def watch(self, names: Iterable[str], see: Callable[[str, Tensor], None]) -> None:
         """Run all batches, and call `see(path, input)` with each input of these modules.
@@ -85,16 +84,25 @@ class Block:
             for _ in self.run():
                 pass
 
-    def calls(self, name: str) -> list[Call]:
-        """The calls of a module in the block, by its path in the model, one a batch, to run it again by itself."""
+    def calls(self, name: str, most: int | None = None) -> list[Call]:
+        """The calls of a module in the block, one a batch, to run it again by itself.
+
+        Args:
+            name: its path in the model.
+            most: how many batches to run, evenly spaced; all if None.
+        """
+        step = 1 if most is None else -(-len(self._runs) // most)
         found: list[Call] = []
 
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             found.append(Call(args, dict(kwargs)))
 
-        with _removed(self._root.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)):
-            for _ in self.run():
-                pass
+        with (
+            _removed(self._root.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)),
+            torch.no_grad(),
+        ):
+            for run in self._runs[::step]:
+                run()
         return found
 
 

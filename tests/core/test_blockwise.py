@@ -12,20 +12,7 @@ from optkit.checkpoints import Checkpoint
 from optkit.errors import OptkitError
 from optkit.quantized import ActivationScheme, QuantizedLinear, WeightScheme, replace_module
 from optkit.transforms import TransformContext
-
-
-def texts(*lengths: int) -> Calibration:
-    torch.manual_seed(1)
-    return Calibration(
-        tuple(
-            {"input_ids": torch.randint(5, 50, (1, n)), "attention_mask": torch.ones(1, n, dtype=torch.long)}
-            for n in lengths
-        )
-    )
-
-
-def context(calibration: Calibration, checkpoint: Checkpoint | None = None) -> TransformContext:
-    return TransformContext(lambda *_: None, calibration, checkpoint or Checkpoint())
+from tests.calibrating import context, texts
 
 
 def linears(module: nn.Module) -> list[str]:
@@ -129,6 +116,14 @@ def test_a_call_can_be_made_again(tiny_llama):
                 hook.remove()
                 for call, wanted in zip(calls, made, strict=True):
                     assert torch.equal(attention(*call.args, **call.kwargs)[0], wanted)
+
+
+@pytest.mark.parametrize(("most", "lengths"), [(None, [9, 5, 8, 7, 6]), (5, [9, 5, 8, 7, 6]), (3, [9, 8, 6]), (1, [9])])
+def test_calls_of_some_of_the_batches_are_evenly_spaced(tiny_llama, most, lengths):
+    module = tiny_llama().module
+    block = next(walk(module, context(texts(9, 5, 8, 7, 6)), linears(module)))
+    found = block.calls(f"{block.path}.self_attn.o_proj", most)
+    assert [call.args[0].shape[1] for call in found] == lengths
 
 
 class Convolutional(nn.Module):

@@ -109,8 +109,7 @@ def _replay(module: nn.Module, block: Block, feed: Feed, sample: Tensor) -> Call
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((sample,), {})]
     if feed.scope.endswith(".self_attn"):
         # It mixes tokens, so that a sample of them would not do.
-        every = block.calls(feed.scope)
-        calls = [(call.args, call.kwargs) for call in every[:: -(-len(every) // _WINDOWS)]]
+        calls = [(call.args, call.kwargs) for call in block.calls(feed.scope, _WINDOWS)]
 
     def run() -> Iterator[Tensor]:
         for args, kwargs in calls:

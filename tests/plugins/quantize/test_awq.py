@@ -13,7 +13,7 @@ from torch import nn
 from optkit.calibration import Calibration
 from optkit.checkpoints import Checkpoint
 from optkit.errors import OptkitError, RecipeError
-from optkit.model import Model, ModelCard
+from optkit.model import ModelCard
 from optkit.quantized import dequantize, quantized_layers
 from optkit.schemes import WeightScheme
 from optkit.transforms import TransformContext
@@ -21,22 +21,9 @@ from optkit_quantize.awq import AWQ, best_scale, clipped_round, scales_to_try
 from optkit_quantize.rounding import round_weight
 from optkit_quantize.rtn import RTN
 from optkit_quantize.structure import Feed, fold, layout_of
+from tests.calibrating import context, distance, texts
 
 GROUPS = {"granularity": "group", "group_size": 16}
-
-
-def texts(*lengths: int) -> Calibration:
-    torch.manual_seed(1)
-    return Calibration(
-        tuple(
-            {"input_ids": torch.randint(5, 50, (1, n)), "attention_mask": torch.ones(1, n, dtype=torch.long)}
-            for n in lengths
-        )
-    )
-
-
-def context(calibration: Calibration, checkpoint: Checkpoint | None = None) -> TransformContext:
-    return TransformContext(lambda *_: None, calibration, checkpoint or Checkpoint())
 
 
 @pytest.fixture
@@ -53,10 +40,6 @@ def outlying(tiny_llama):
         return model
 
     return make
-
-
-def distance(model: Model, exact: torch.Tensor, tokens: torch.Tensor) -> float:
-    return ((model.module(tokens)[0] - exact).norm() / exact.norm()).item()
 
 
 def nearest(values: np.ndarray, share: float, scheme: WeightScheme) -> np.ndarray:
@@ -196,9 +179,9 @@ def test_an_outlier_that_no_input_meets_is_clipped():
 def test_a_model_keeps_its_outputs_better_than_rounded_to_nearest(bits, options, outlying):
     tokens = texts(50).inputs[0]["input_ids"]
     exact = outlying().module(tokens)[0]
-    plain = distance(RTN(bits=bits, **options).apply(outlying(), context(Calibration())), exact, tokens)
+    plain = distance(RTN(bits=bits, **options).apply(outlying(), context(Calibration())).module, exact, tokens)
     model = AWQ(bits=bits, grid=8, **options).apply(outlying(), context(texts(60, 60)))
-    assert distance(model, exact, tokens) < (0.9 if bits > 2 else 1) * plain
+    assert distance(model.module, exact, tokens) < (0.9 if bits > 2 else 1) * plain
     assert len(list(quantized_layers(model.module))) == 14
     assert f"weights:int{bits}-{'group-asym' if options else 'channel'}" in model.tags
 
@@ -209,7 +192,7 @@ def test_shared_heads_and_biases_are_scaled_too(config, outlying):
     exact = outlying(**config).module(tokens)[0]
     model = AWQ(bits=8, **GROUPS).apply(outlying(**config), context(texts(60, 60)))
     plain = RTN(bits=8, **GROUPS).apply(outlying(**config), context(Calibration()))
-    assert distance(model, exact, tokens) < distance(plain, exact, tokens) < 0.1
+    assert distance(model.module, exact, tokens) < distance(plain.module, exact, tokens) < 0.1
 
 
 def test_each_part_helps(outlying):
@@ -217,10 +200,12 @@ def test_each_part_helps(outlying):
     exact = outlying().module(tokens)[0]
 
     def of(**options):
-        return distance(AWQ(bits=3, **GROUPS, **options).apply(outlying(), context(texts(60, 60))), exact, tokens)
+        return distance(
+            AWQ(bits=3, **GROUPS, **options).apply(outlying(), context(texts(60, 60))).module, exact, tokens
+        )
 
     neither, clips, scales, both = of(grid=1, clip=False), of(grid=1), of(grid=8, clip=False), of(grid=8)
-    assert neither == distance(RTN(bits=3, **GROUPS).apply(outlying(), context(Calibration())), exact, tokens)
+    assert neither == distance(RTN(bits=3, **GROUPS).apply(outlying(), context(Calibration())).module, exact, tokens)
     assert both < min(clips, scales) < max(clips, scales) < neither
 
 
@@ -230,7 +215,7 @@ def test_only_what_is_chosen_is_rounded_and_the_rest_follows_its_scales(outlying
     chosen = ("model.layers.0.self_attn.v_proj", "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj")
     model = AWQ(bits=8, **GROUPS, targets=chosen).apply(outlying(), context(texts(30)))
     assert tuple(name for name, _ in quantized_layers(model.module)) == chosen
-    assert distance(model, exact, tokens) < 0.01
+    assert distance(model.module, exact, tokens) < 0.01
     layer, original = model.module.model.layers[0], outlying().module.model.layers[0]
     assert not torch.equal(layer.mlp.gate_proj.weight, original.mlp.gate_proj.weight)
     assert torch.equal(layer.self_attn.o_proj.weight, original.self_attn.o_proj.weight)

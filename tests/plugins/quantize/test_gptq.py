@@ -19,22 +19,9 @@ from optkit.transforms import TransformContext
 from optkit_quantize.gptq import GPTQ, Hessians, gptq_round
 from optkit_quantize.rounding import round_weight
 from optkit_quantize.rtn import RTN
+from tests.calibrating import context, distance, texts
 
 GROUPS = {"granularity": "group", "group_size": 16}
-
-
-def texts(*lengths: int) -> Calibration:
-    torch.manual_seed(1)
-    return Calibration(
-        tuple(
-            {"input_ids": torch.randint(5, 50, (1, n)), "attention_mask": torch.ones(1, n, dtype=torch.long)}
-            for n in lengths
-        )
-    )
-
-
-def context(calibration: Calibration, checkpoint: Checkpoint | None = None) -> TransformContext:
-    return TransformContext(lambda *_: None, calibration, checkpoint or Checkpoint())
 
 
 def problem(rows: int, features: int, seed: int, kind: str = "normal") -> tuple[torch.Tensor, torch.Tensor]:
@@ -275,18 +262,14 @@ def test_a_layer_that_no_data_reaches_is_named():
 # --- models
 
 
-def distance(model, exact: torch.Tensor, tokens: torch.Tensor) -> float:
-    return ((model.module(tokens)[0] - exact).norm() / exact.norm()).item()
-
-
 def test_a_model_keeps_its_outputs_better_than_rounded_to_nearest(tiny_llama):
     calibration = texts(60, 60, 60)
     tokens = calibration.inputs[0]["input_ids"]
     exact = tiny_llama().module(tokens)[0]
-    nearest = distance(RTN(bits=4, **GROUPS).apply(tiny_llama(), context(calibration)), exact, tokens)
+    nearest = distance(RTN(bits=4, **GROUPS).apply(tiny_llama(), context(calibration)).module, exact, tokens)
     for options in ({}, {"act_order": False}, {"scale_search": False}, {"symmetric": False}):
         model = GPTQ(bits=4, **GROUPS, **options).apply(tiny_llama(), context(calibration))
-        assert distance(model, exact, tokens) < 0.8 * nearest
+        assert distance(model.module, exact, tokens) < 0.8 * nearest
         assert len(list(quantized_layers(model.module))) == 14
         assert model.tags >= {"weights:int4-group" if options.get("symmetric", True) else "weights:int4-group-asym"}
 
@@ -345,8 +328,8 @@ def test_encoders_are_quantized_too(tiny_bert):
     layer = model.module.encoder.layer[0].attention.self.query
     assert isinstance(layer, QuantizedLinear)
     assert layer.bias is not None
-    assert distance(model, exact, tokens) < distance(
-        RTN(bits=4, **GROUPS).apply(tiny_bert(), context(texts(9))), exact, tokens
+    assert distance(model.module, exact, tokens) < distance(
+        RTN(bits=4, **GROUPS).apply(tiny_bert(), context(texts(9))).module, exact, tokens
     )
 
 

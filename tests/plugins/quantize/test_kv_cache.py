@@ -23,17 +23,12 @@ from optkit.transforms import TransformContext
 from optkit.weights import load_folder, save_folder
 from optkit_quantize.kv_cache import KVCache
 from optkit_quantize.rtn import RTN
+from tests.calibrating import texts
 
 TOKENS = torch.arange(3, 40)[None]
 SCHEMES = [(dtype, granularity) for dtype in ("int8", "fp8") for granularity in ("head", "tensor")]
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double().numpy()
 E4M3 = np.unique(E4M3[np.isfinite(E4M3)])
-
-
-def texts(*lengths: int) -> Calibration:
-    torch.manual_seed(1)
-    ids = [torch.randint(5, 50, (1, length)) for length in lengths]
-    return Calibration(tuple({"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids))
 
 
 def context(calibration: Calibration | None = None, checkpoint: Checkpoint | None = None) -> TransformContext:

@@ -30,6 +30,7 @@ from optkit_quantize.mixed import PLAN_FILE, Mixed
 from optkit_quantize.rounding import round_weight
 from optkit_quantize.rtn import RTN
 from optkit_quantize.sensitivity import divergences
+from tests.calibrating import texts
 
 # --- the knapsack
 
@@ -117,15 +118,13 @@ def test_other_spellings_are_not(text):
 SCHEMES = tuple(WeightScheme(bits, 32, symmetric=True) for bits in (3, 4, 8))
 
 
-def texts(windows=3, length=24) -> Calibration:
-    torch.manual_seed(1)
-    rows = [torch.randint(5, 280, (1, length)) for _ in range(windows)]
-    return Calibration(tuple({"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows))
+def calibration() -> Calibration:
+    return texts(24, 24, 24, vocabulary=280)
 
 
 def context(checkpoint=None, told=None) -> TransformContext:
     said = (lambda *news: None) if told is None else (lambda *news: told.append(news))
-    return TransformContext(said, texts(), checkpoint or Checkpoint())
+    return TransformContext(said, calibration(), checkpoint or Checkpoint())
 
 
 def fused(module: nn.Module) -> list[list[str]]:
@@ -160,7 +159,7 @@ def test_divergences_are_those_of_the_whole_model_in_float64(tiny_llama, tied):
     measured = divergences(module, groups, SCHEMES, context(), tokens=10_000)
     for names, row in zip(groups, measured, strict=True):
         for scheme, found in zip(SCHEMES, row, strict=True):
-            expected = reference(tiny_llama(tie_word_embeddings=tied).module, names, scheme, texts())
+            expected = reference(tiny_llama(tie_word_embeddings=tied).module, names, scheme, calibration())
             assert found == pytest.approx(expected, rel=1e-3, abs=1e-6)
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
     assert not any("forward" in part.__dict__ for part in module.modules())
@@ -198,7 +197,7 @@ def test_a_killed_measurement_goes_on_with_the_group_where_it_was(tiny_llama, tm
             raise Killed
 
     module = tiny_llama().module
-    dying = TransformContext(die, texts(), Checkpoint(tmp_path))
+    dying = TransformContext(die, calibration(), Checkpoint(tmp_path))
     with pytest.raises(Killed):
         divergences(module, fused(module), SCHEMES, dying, 72)
     for name, tensor in module.state_dict().items():
@@ -343,7 +342,7 @@ def test_a_killed_run_ends_with_the_same_model(tiny_llama, tmp_path, algorithm):
             raise Killed
 
     with pytest.raises(Killed):
-        transform.apply(tiny_llama(), TransformContext(die, texts(), Checkpoint(tmp_path)))
+        transform.apply(tiny_llama(), TransformContext(die, calibration(), Checkpoint(tmp_path)))
     resumed = transform.apply(tiny_llama(), context(Checkpoint(tmp_path)))
     assert resumed.files == whole.files
     for name, tensor in whole.module.state_dict().items():

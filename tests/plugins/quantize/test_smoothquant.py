@@ -20,22 +20,9 @@ from optkit.transforms import TransformContext
 from optkit_quantize.rounding import round_weight
 from optkit_quantize.smoothquant import SmoothQuant, rounding_error, smoothing_scale
 from optkit_quantize.structure import fold, layout_of
+from tests.calibrating import context, distance, texts
 
 WEIGHTS, ACTIVATIONS = WeightScheme(8, None, symmetric=True), ActivationScheme(dynamic=True)
-
-
-def texts(*lengths: int) -> Calibration:
-    torch.manual_seed(1)
-    return Calibration(
-        tuple(
-            {"input_ids": torch.randint(5, 50, (1, n)), "attention_mask": torch.ones(1, n, dtype=torch.long)}
-            for n in lengths
-        )
-    )
-
-
-def context(calibration: Calibration, checkpoint: Checkpoint | None = None) -> TransformContext:
-    return TransformContext(lambda *_: None, calibration, checkpoint or Checkpoint())
 
 
 @pytest.fixture
@@ -62,10 +49,6 @@ def eight_bits(module: nn.Module) -> nn.Module:
             rounded = round_weight(layer.weight, WEIGHTS, name=name)
             replace_module(module, name, QuantizedLinear(*rounded, layer.bias, WEIGHTS, ACTIVATIONS))
     return module
-
-
-def distance(module: nn.Module, exact: torch.Tensor, tokens: torch.Tensor) -> float:
-    return ((module(tokens)[0] - exact).norm() / exact.norm()).item()
 
 
 @given(
