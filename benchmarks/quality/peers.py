@@ -79,7 +79,8 @@ def commands(case: Case, work: Path, stem: str) -> dict[str, list[str]]:
 def told(command: list[str], record: Path) -> dict[str, Any]:
     """The JSON in the last line that a command prints, kept in `record`."""
     if not record.is_file():
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+        # In a folder of its own: GPTQModel writes its log to where it is started.
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, cwd=record.parent)
         record.write_text(done.stdout.strip().splitlines()[-1] + "\n", encoding="utf-8")
     found: dict[str, Any] = json.loads(record.read_text(encoding="utf-8"))
     return found
@@ -104,7 +105,7 @@ def main() -> None:
     parser.add_argument("--only", choices=CASES, help="one of the algorithms")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     asked = parser.parse_args()
-    work: Path = asked.work
+    work: Path = asked.work.resolve()
     prepare(work)
     data = json.loads(asked.output.read_text()) if asked.output.is_file() else {"algorithms": {}}
     data |= {"machine": asdict(hardware.machine()), "sequence_length": LENGTH, "evaluation_tokens": TOKENS}
