@@ -8,10 +8,12 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FP8_MAX", "ActivationScheme", "CacheScheme", "WeightScheme"]
+__all__ = ["FP8_MAX", "SHAPES_ENTRY", "ActivationScheme", "CacheScheme", "WeightScheme"]
 
 FP8_MAX = 448.0
 """The largest E4M3 number (Micikevicius et al., FP8 Formats for Deep Learning, arXiv:2209.05433)."""
+SHAPES_ENTRY = "optkit_shapes"
+"""The entry of a `config.json` that says which layers have other shapes than the rest of it gives."""
 Granularity = Literal["channel", "group"]
 
 

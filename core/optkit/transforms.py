@@ -28,6 +28,8 @@ class TransformContext:
     device: str = "cpu"
     """Where to compute, as torch names it. The model comes and goes on the CPU; `optkit.blockwise` moves it there block
     by block."""
+    baseline: Model | None = None
+    """The model that the recipe started with, never to be changed; None for a transform that does not ask for it."""
 
 
 class Transform(Options):
@@ -41,6 +43,8 @@ class Transform(Options):
     conflicts: ClassVar[frozenset[str]] = frozenset()
     calibration: ClassVar[bool] = False
     """Whether it runs the model on calibration data, which the recipe's `calibration` names."""
+    baseline: ClassVar[bool] = False
+    """Whether it learns from the model that the recipe started with."""
 
     @abstractmethod
     def provides(self) -> frozenset[str]:
@@ -53,9 +57,17 @@ class Transform(Options):
             RecipeError: an option does not fit this model.
         """
 
+    def after(self, card: ModelCard) -> ModelCard:
+        """The facts of the model that `apply` gives, as far as they are known before it. Its tags are of no account."""
+        return card
+
     def bits_per_weight(self, card: ModelCard) -> float | None:
         """Stored bits per parameter afterwards, scales included, for the size estimate; None if it stays as it is."""
         return None
+
+    def work_bytes(self, card: ModelCard) -> int:
+        """Memory that `apply` takes besides the model and its calibration data, for the estimate."""
+        return 0
 
     def forward_passes(self) -> float:
         """About how often it runs the model on its calibration data, or work as long as that, for the time estimate."""

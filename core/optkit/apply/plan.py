@@ -27,14 +27,22 @@ _FLOAT = 4
 # Of what the GEMM probe reaches: a whole model also normalizes, attends and dispatches.
 _EFFICIENCY = 0.5
 _NEED_KERNELS = ("weights:", "activations:", "kv:")
+# Zeros need no kernel of their own; without one they are no faster.
+_DENSE = Lowering(
+    "dense kernels",
+    native=False,
+    tolerance=0.0,
+    reason="zeros are multiplied as any weight, so nothing runs faster, and files shrink only when compressed",
+)
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedStep:
-    """A transform with the tags of the model after it."""
+    """A transform with the tags and the facts of the model after it."""
 
     name: str
     tags: frozenset[str]
+    card: ModelCard
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,8 +105,12 @@ def make_plan(recipe: Recipe, plugins: Plugins) -> Plan:
     lowering = _lower(recipe, tags)
     limits = _limits(recipe, card, task)
     check_text(recipe, task)
-    warnings = check_calibration(recipe, card, task)
-    estimate = _estimate(recipe, card, limits, task, tags)
+    dense = [tag for tag, lowered in lowering.items() if tag.startswith("sparsity:") and not lowered.native]
+    warnings = (
+        *check_calibration(recipe, card, task),
+        *(f"{recipe.backend.name} gains nothing from {tag}: {lowering[tag].reason}" for tag in dense),
+    )
+    estimate = _estimate(recipe, card, limits, task, steps)
     _preflight(estimate)
     return Plan(recipe, card, steps, lowering, limits, estimate, warnings)
 
@@ -156,7 +168,7 @@ def _check_task(recipe: Recipe, task: Task[Any, Any], plugins: Plugins) -> None:
 
 
 def _fold(recipe: Recipe, card: ModelCard) -> tuple[PlannedStep, ...]:
-    tags = card.tags
+    tags, first = card.tags, card
     steps: list[PlannedStep] = []
     for index, use in enumerate(recipe.transforms):
         transform: Transform = use.options
@@ -170,7 +182,7 @@ def _fold(recipe: Recipe, card: ModelCard) -> tuple[PlannedStep, ...]:
             )
         clash = sorted(tag for tag in tags if any(fnmatchcase(tag, pattern) for pattern in transform.conflicts))
         if clash:
-            if clash[0] in card.tags:
+            if clash[0] in first.tags:
                 what, remedy = f"cannot work on {card.name}, which has {clash[0]}", "start from the model in float"
             else:
                 cause = next(step.name for step in steps if clash[0] in step.tags)
@@ -181,8 +193,8 @@ def _fold(recipe: Recipe, card: ModelCard) -> tuple[PlannedStep, ...]:
             transform.check(card)
         except RecipeError as error:
             raise recipe.document.error(error.what, *place, found=error.found, remedy=error.remedy) from error
-        tags = tags | transform.provides()
-        steps.append(PlannedStep(use.name, tags))
+        tags, card = tags | transform.provides(), transform.after(card)
+        steps.append(PlannedStep(use.name, tags, card))
     return tuple(steps)
 
 
@@ -196,6 +208,8 @@ def _lower(recipe: Recipe, tags: frozenset[str]) -> dict[str, Lowering]:
         lowering.setdefault(
             tag, Lowering("", native=False, reason=f"{recipe.backend.name} has no kernel for this format")
         )
+    for tag in sorted(tag for tag in tags if tag.startswith("sparsity:")):
+        lowering.setdefault(tag, _DENSE)
     for tag, lowered in sorted(lowering.items()):
         if not lowered.possible:
             raise recipe.document.error(
@@ -238,17 +252,22 @@ def _limits(recipe: Recipe, card: ModelCard, task: Task[Any, Any]) -> Limits:
     return Limits(recipe.batching.options.max_sequences, length, recipe.kv_cache_tokens)
 
 
-def _estimate(recipe: Recipe, card: ModelCard, limits: Limits, task: Task[Any, Any], tags: frozenset[str]) -> Estimate:
+def _estimate(
+    recipe: Recipe, card: ModelCard, limits: Limits, task: Task[Any, Any], steps: tuple[PlannedStep, ...]
+) -> Estimate:
     floats = card.parameters * _FLOAT
-    stored = floats
-    for use in recipe.transforms:
-        bits = use.options.bits_per_weight(card)
-        stored = stored if bits is None else round(card.parameters * bits / 8)
+    stored, bits, largest, work = floats, 8.0 * _FLOAT, floats, 0
+    for use, step in zip(recipe.transforms, steps, strict=True):
+        bits = use.options.bits_per_weight(step.card) or bits
+        stored = round(step.card.parameters * bits / 8)
+        largest = max(largest, step.card.parameters * _FLOAT)
+        work = max(work, use.options.work_bytes(step.card))
+    last, tags = (steps[-1].card, steps[-1].tags) if steps else (card, card.tags)
     token_seconds = _token_seconds(card)
     cached = 1 if any(tag.startswith("kv:") for tag in tags) else _FLOAT
     measuring = task.demand(recipe, card, limits, token_seconds, cached)
     # The baseline stays loaded beside the model that is worked on.
-    memory = 2 * floats + measuring.memory_bytes + recipe.backend.options.runtime_bytes(card, stored)
+    memory = floats + largest + max(work, measuring.memory_bytes + recipe.backend.options.runtime_bytes(last, stored))
     disk = measuring.disk_bytes + (len(recipe.transforms) + 1) * stored + 2 * (stored + stored)
     evaluation = (2 + len(recipe.transforms)) * recipe.evaluation.tokens * token_seconds
     learning = 0.0

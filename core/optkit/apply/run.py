@@ -32,6 +32,7 @@ from optkit.model import Model
 from optkit.opening import Files
 from optkit.plugins import Plugins
 from optkit.recipe import Use
+from optkit.schemes import SHAPES_ENTRY
 from optkit.transforms import TransformContext
 from optkit.weights import save_folder
 
@@ -141,6 +142,8 @@ class _Steps:
         device = hardware.accelerator() if use.options.calibration else "cpu"
         if use.options.calibration:
             inputs |= {"device": device, **self._learnt_from}
+        if use.options.baseline:
+            inputs["baseline"] = self._source
 
         def work(directory: Path) -> dict[str, Any]:
             context = TransformContext(
@@ -148,11 +151,15 @@ class _Steps:
                 self._shop.calibration if use.options.calibration else Calibration(),
                 self._cache.checkpoint(self._key_of(name, use, inputs)),
                 device,
+                self._shop.baseline if use.options.baseline else None,
             )
             model = use.options.apply(self._shop.take(before, tags), context)
             save_folder(model, directory)
             made.append(model)
-            return {"tags": sorted(model.tags), "weight_bytes": measure.folder_bytes(directory)}
+            sizes = {"weight_bytes": measure.folder_bytes(directory)}
+            if any(tag.startswith("sparsity:") for tag in model.tags):
+                sizes["compressed_bytes"] = measure.compressed_bytes(directory)
+            return {"tags": sorted(model.tags), **sizes}
 
         changed = self._step(name, use, work, inputs)
         self._key, self._weights, self._tags = changed.key, changed.data, frozenset(changed.report["tags"])
@@ -161,7 +168,8 @@ class _Steps:
         inputs = {"model": self._key, **self._judged_by}
         judged = f"{name}: quality"
         effect = self._step(judged, self._recipe.evaluation.dataset, partial(self._effect, judged), inputs)
-        self._record(use, changed, {**effect.report, "weight_bytes": changed.report["weight_bytes"]})
+        sizes = {name: value for name, value in changed.report.items() if name.endswith("_bytes")}
+        self._record(use, changed, {**effect.report, **sizes})
 
     def finish(self) -> dict[str, Any]:
         """Compile, open, and measure against the baseline: parity, quality, speed, footprint. Then judge.
@@ -213,6 +221,9 @@ class _Steps:
         rounded = any(tag.startswith("activations:") for tag in self._tags)
         formats = [tag for tag in self._tags if tag.startswith("weights:") and tag != "weights:float"]
         pipeline = pipeline and not rounded and len(formats) < 2
+        # Neither knows layers of several shapes.
+        alike = SHAPES_ENTRY not in json.loads((self._files.weights / "config.json").read_text(encoding="utf-8"))
+        others = ["transformers", *(["sentence-transformers"] if pipeline else [])] if alike else []
         return {
             "name": self._recipe.name,
             "recipe": self._resolved,
@@ -222,7 +233,7 @@ class _Steps:
             "max_length": self._plan.limits.max_length,
             "kv_cache_tokens": self._plan.limits.kv_cache_tokens,
             "steps": self._records,
-            "servable_by": ["optkit", "transformers", *(["sentence-transformers"] if pipeline else [])],
+            "servable_by": ["optkit", *others],
             "machine": asdict(self._machine),
         }
 

@@ -12,6 +12,7 @@ from typing import Any
 from optkit.builtin.files import locate, sha256
 from optkit.errors import DamagedError, MissingError, OptkitError, RecipeError
 from optkit.model import Model, ModelCard
+from optkit.schemes import SHAPES_ENTRY
 from optkit.sources import Source
 from optkit.weights import CAUSAL_LM, FEATURE_EXTRACTION, is_encoder, sentence_files
 from optkit.weights.compressed import stored_tags
@@ -127,7 +128,7 @@ def card_of(config: Mapping[str, Any], shapes: Shapes, *, name: str) -> ModelCar
             linears["lm_head"] = (vocab, hidden)
         return ModelCard(
             name=name,
-            tags=frozenset({CAUSAL_LM, f"arch:{architecture}"}) | _weight_tags(config),
+            tags=frozenset({CAUSAL_LM, f"arch:{architecture}"}) | _weight_tags(config) | _shape_tags(config),
             linears=linears,
             parameters=sum(_count(shape) for shape in shapes.values()),
             bytes_per_parameter=4,
@@ -135,7 +136,7 @@ def card_of(config: Mapping[str, Any], shapes: Shapes, *, name: str) -> ModelCar
             hidden_size=hidden,
             layers=layers,
             max_length=int(config.get("max_position_embeddings", 2048)),
-            kv_values_per_token=2 * layers * kv_heads * head_dim,
+            kv_values_per_token=_cached(shapes) or 2 * layers * kv_heads * head_dim,
             tied_head=tied,
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
@@ -179,7 +180,7 @@ def encoder_card_of(
         trained = own or tokenizer.get("model_max_length")
         return ModelCard(
             name=name,
-            tags=frozenset({FEATURE_EXTRACTION, f"arch:{architecture}"}) | _weight_tags(config),
+            tags=frozenset({FEATURE_EXTRACTION, f"arch:{architecture}"}) | _weight_tags(config) | _shape_tags(config),
             linears={
                 key.removesuffix(".weight"): (shape[0], shape[1])
                 for key, shape in shapes.items()
@@ -268,6 +269,17 @@ def _weight_tags(config: Mapping[str, Any]) -> frozenset[str]:
         return stored_tags(stored) | {"weights:float"}
     except ValueError:
         return frozenset({f"weights:{stored.get('quant_method', 'quantized')}"})
+
+
+def _shape_tags(config: Mapping[str, Any]) -> frozenset[str]:
+    return frozenset({"shape:pruned"}) if SHAPES_ENTRY in config else frozenset()
+
+
+def _cached(shapes: Shapes) -> int:
+    """Numbers that layers keep of a token, where keys and values have layers of their own; else 0."""
+    # The second factor of a layer of low rank gives what it keeps.
+    endings = (".k_proj.weight", ".v_proj.weight", ".k_proj.1.weight", ".v_proj.1.weight")
+    return sum(shape[0] for name, shape in shapes.items() if name.endswith(endings))
 
 
 def _is_linear(name: str, shape: tuple[int, ...]) -> bool:

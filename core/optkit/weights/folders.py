@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from optkit.errors import DamagedError, MissingError, OptkitError
 from optkit.model import Model
+from optkit.schemes import SHAPES_ENTRY
 from optkit.weights.cache import restore_cache
 from optkit.weights.compressed import quantization_config, schemes_of, stored_tags, tensors_of, unpacked
 from optkit.weights.facts import CAUSAL_LM, FEATURE_EXTRACTION, causal_lm_tags, is_encoder, sentence_files
@@ -34,6 +37,7 @@ def save_folder(model: Model, directory: Path) -> None:
     """
     from huggingface_hub import save_torch_state_dict
 
+    from optkit import shapes
     from optkit.kv import cache_scheme
     from optkit.quantized import QuantizedConv2d, quantized_layers
 
@@ -52,6 +56,7 @@ def save_folder(model: Model, directory: Path) -> None:
     state |= tensors_of(quantized)
     save_torch_state_dict(state, directory, max_shard_size="4GB")
     module.config.architectures = [type(module).__name__]
+    shapes.describe(module)
     module.config.save_pretrained(directory)
     if quantized or cache_scheme(module):
         config = json.loads((directory / "config.json").read_text())
@@ -90,7 +95,8 @@ def load_folder(directory: Path, *, tags: frozenset[str] | None = None) -> Model
         config = transformers.AutoConfig.from_pretrained(directory)
         stored = getattr(config, "quantization_config", None)
         own = stored is not None and stored.get("quant_method") != "bitsandbytes"
-        module = _load_quantized(directory, config) if own else _load_float(directory, config)
+        own = own or hasattr(config, SHAPES_ENTRY)
+        module = _load_own(directory, config) if own else _load_float(directory, config)
         files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
         has_tokenizer = any((directory / name).is_file() for name in files)
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory) if has_tokenizer else None
@@ -107,6 +113,7 @@ def load_folder(directory: Path, *, tags: frozenset[str] | None = None) -> Model
     if tags is None:
         tags = causal_lm_tags(module.config)
         tags = tags - {CAUSAL_LM} | {FEATURE_EXTRACTION} if encoder else tags
+        tags |= {"shape:pruned"} if hasattr(config, SHAPES_ENTRY) else set()
     return Model(module.eval().requires_grad_(False), tokenizer, tags, beside)
 
 
@@ -127,22 +134,50 @@ def _load_float(directory: Path, config: Any) -> Any:
     return _auto_class(config).from_pretrained(directory, dtype=torch.float32)
 
 
-def _load_quantized(directory: Path, config: Any) -> Any:
+def _load_own(directory: Path, config: Any) -> Any:
+    """What transformers cannot load, or not as optkit's layers: compressed-tensors' formats, and pruned shapes."""
+    import torch
+    from transformers.initialization import no_init_weights
+
+    from optkit import shapes
+
+    with no_init_weights():
+        module: Any = _auto_class(config).from_config(_plain(config), dtype=torch.float32)
+    shapes.reshape(module, getattr(config, SHAPES_ENTRY, {}))
+    state = _read_state(directory)
+    stored = getattr(config, "quantization_config", None)
+    if stored is not None:
+        _unpack(module, state, stored)
+    missing, unexpected = module.load_state_dict(state, strict=False, assign=True)
+    tied = getattr(module, "all_tied_weights_keys", {}) if module.config.tie_word_embeddings else {}
+    lacking = [name for name in missing if name not in tied]
+    if lacking or unexpected:
+        raise ValueError(f"tensors do not fit the configuration: missing {lacking[:3]}, unexpected {unexpected[:3]}")
+    module.tie_weights()
+    return module
+
+
+def _plain(config: Any) -> Any:
+    """The configuration of the float model."""
+    plain = copy.deepcopy(config)
+    if hasattr(plain, "quantization_config"):
+        del plain.quantization_config
+    return plain
+
+
+def _unpack(module: Any, state: dict[str, Tensor], described: Mapping[str, Any]) -> None:
+    """Put quantized layers, and the scales of a cache, into the model; takes their tensors out of `state`."""
     import torch
     from compressed_tensors.quantization import QuantizationConfig
     from compressed_tensors.utils import is_match
-    from transformers.initialization import no_init_weights
 
     from optkit.quantized import replace_module
 
     fields = QuantizationConfig.model_fields
-    stored = QuantizationConfig.model_validate({k: v for k, v in config.quantization_config.items() if k in fields})
+    stored = QuantizationConfig.model_validate({k: v for k, v in described.items() if k in fields})
     groups = stored.model_dump(mode="json")
     stored_tags(groups)  # refuses what cannot be read
-    del config.quantization_config
-    with no_init_weights():
-        module: Any = _auto_class(config).from_config(config, dtype=torch.float32)
-    state, layers = _read_state(directory), dict(module.named_modules())
+    layers = dict(module.named_modules())
     for name in sorted(key.removesuffix(".weight_scale") for key in state if key.endswith(".weight_scale")):
         layer = layers.get(name)
         if not isinstance(layer, torch.nn.Linear):
@@ -153,13 +188,6 @@ def _load_quantized(directory: Path, config: Any) -> Any:
         replace_module(module, name, unpacked(name, state, schemes_of(groups["config_groups"][group])))
     if stored.kv_cache_scheme is not None:
         restore_cache(module, state, groups["kv_cache_scheme"])
-    missing, unexpected = module.load_state_dict(state, strict=False, assign=True)
-    tied = getattr(module, "all_tied_weights_keys", {}) if module.config.tie_word_embeddings else {}
-    lacking = [name for name in missing if name not in tied]
-    if lacking or unexpected:
-        raise ValueError(f"tensors do not fit the configuration: missing {lacking[:3]}, unexpected {unexpected[:3]}")
-    module.tie_weights()
-    return module
 
 
 def _read_state(directory: Path) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -64,10 +65,9 @@ class Rotate(Transform):
                 remedy="leave it out: others subtract a mean or normalize elsewhere, which a rotation would change",
             )
 
-    def bits_per_weight(self, card: ModelCard) -> float | None:
-        if not card.tied_head:
-            return None
-        return 8 * card.bytes_per_parameter * (1 + card.vocab_size * card.hidden_size / card.parameters)
+    def after(self, card: ModelCard) -> ModelCard:
+        head = card.vocab_size * card.hidden_size if card.tied_head else 0
+        return replace(card, parameters=card.parameters + head, tied_head=False)
 
     def apply(self, model: Model, context: TransformContext) -> Model:
         module: Any = model.module

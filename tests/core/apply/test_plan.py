@@ -37,6 +37,22 @@ def test_tags_are_folded_and_kernels_named(desk):
     assert plan_of(desk, transforms=[]).tags == plan.card.tags
 
 
+def test_a_backend_that_gains_nothing_from_zeros_is_named(desk):
+    plan = plan_of(desk)
+    zeros = plan.lowering["sparsity:unstructured"]
+    assert (zeros.kernel, zeros.native, zeros.possible) == ("dense kernels", False, True)
+    [warning] = plan.warnings
+    assert warning.startswith("torch gains nothing from sparsity:unstructured: zeros are multiplied as any weight")
+    assert plan_of(desk, transforms=[{"quantize.rtn": {"bits": 8}}]).warnings == ()
+
+
+def test_each_transform_is_checked_against_the_model_that_it_gets(desk):
+    untied = plan_of(desk, transforms=[{"quantize.rotate": {}}])
+    head = untied.card.vocab_size * untied.card.hidden_size if untied.card.tied_head else 0
+    assert untied.steps[0].card.parameters == untied.card.parameters + head
+    assert untied.estimate.weight_bytes == 4 * untied.steps[0].card.parameters
+
+
 def test_estimates_follow_the_recipe(desk):
     plain, small = plan_of(desk, transforms=[]).estimate, plan_of(desk).estimate
     assert plain.weight_bytes == 4 * plan_of(desk).card.parameters

@@ -449,7 +449,7 @@ def test_lowering_says_which_kernel_runs_or_why_none_can() -> None:
     assert set(lowered) == {"weights:float", "weights:int4-group-asym"}
     assert all(entry.native and entry.possible for entry in lowered.values())
     assert lowered["weights:int4-group-asym"].kernel == "MatMulNBits (4-bit, int8 activations)"
-    bad = frozenset({"task:embedding", "arch:mamba", "weights:int3-group", "weights:nf4", "shape:pruned"})
+    bad = frozenset({"task:embedding", "arch:mamba", "weights:int3-group", "weights:nf4"})
     refused = OnnxRuntime().lowering(bad)
     assert set(refused) == bad
     assert not any(entry.possible for entry in refused.values())

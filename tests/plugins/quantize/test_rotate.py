@@ -195,16 +195,16 @@ def test_plain_transformers_loads_what_is_saved(tied, tmp_path):
     assert relative(load_folder(tmp_path).module(TOKENS).logits, expected) < 1e-5
 
 
-def test_the_size_estimate_counts_the_untied_head(tmp_path):
+def test_the_facts_of_the_rotated_model_count_the_untied_head(tmp_path):
     for tied in (True, False):
         folder = tmp_path / str(tied)
         save_folder(tiny("llama", tie_word_embeddings=tied), folder)
         card = HuggingFace(model=str(folder)).inspect()
         assert card.tied_head == tied
         rotated = Rotate().apply(load_folder(folder), CONTEXT).module
-        stored = 32 * sum(p.numel() for p in rotated.parameters())
-        bits = Rotate().bits_per_weight(card)
-        assert (32 if bits is None else bits) * card.parameters == pytest.approx(stored)
+        after = Rotate().after(card)
+        assert after.parameters == sum(p.numel() for p in rotated.parameters())
+        assert not after.tied_head
 
 
 def test_it_is_deterministic_and_the_seed_matters():

@@ -87,14 +87,11 @@ class OnnxRuntime(Backend):
         }
         if encoder:
             return lowered
-        lowered |= {
+        return lowered | {
             tag: _impossible(f"its graphs are of {', '.join(ARCHITECTURES)}")
             for tag in sorted(tags)
             if tag.startswith("arch:") and tag.removeprefix("arch:") not in ARCHITECTURES
         }
-        if "shape:pruned" in tags:
-            lowered["shape:pruned"] = _impossible("its graphs have the same shapes in every layer")
-        return lowered
 
     def _integer_product(self, tag: str) -> Lowering:
         match = INTEGERS.fullmatch(tag)

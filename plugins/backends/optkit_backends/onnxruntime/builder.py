@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from optkit.errors import RecipeError
 from optkit.quantized import ActivationScheme, QuantizedLinear
+from optkit.shapes import LowRankLinear
 from optkit_backends.onnxruntime.files import GRAPH, WEIGHTS
 from optkit_backends.onnxruntime.integers import Blocks, blocked
 
@@ -113,14 +114,19 @@ class GraphBuilder:
         )
         return self._constants[name]
 
-    def linear(self, hidden: ir.Value, layers: Sequence[nn.Linear | QuantizedLinear], name: str) -> ir.Value:
-        """Layers of one format as a single product, their outputs side by side.
+    def linear(
+        self, hidden: ir.Value, layers: Sequence[nn.Linear | QuantizedLinear | LowRankLinear], name: str
+    ) -> ir.Value:
+        """Layers of one format as a single product, their outputs side by side; one of low rank as two products.
 
         Args:
             hidden: `[tokens, in]`.
-            layers: all float, or all quantized with the same scheme.
+            layers: all float, or all quantized with the same scheme, or a single one of low rank.
             name: module path of the product.
         """
+        if isinstance(layers[0], LowRankLinear):
+            first, second = layers[0]
+            return self.linear(self.linear(hidden, [first], f"{name}.0"), [second], f"{name}.1")
         bias = None
         if any(layer.bias is not None for layer in layers):
             filled = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers]

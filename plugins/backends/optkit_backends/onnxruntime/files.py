@@ -13,7 +13,7 @@ __all__ = ["GRAPH", "WEIGHTS", "Facts", "TensorFacts"]
 
 GRAPH = "model.onnx"
 WEIGHTS = "model.onnx.data"
-FORMAT = 1
+FORMAT = 2
 
 
 class _Recorded:
@@ -58,8 +58,8 @@ class Facts(_Recorded):
 
     FILE: ClassVar[str] = "session.json"
 
-    layers: int
-    kv_heads: int
+    kv_heads: list[int]
+    """Of each layer."""
     head_dim: int
     vocab_size: int
     max_length: int

@@ -16,6 +16,7 @@ from torch import nn
 from optkit.errors import RecipeError
 from optkit.kv import cache_scheme
 from optkit.quantized import QuantizedLinear
+from optkit.shapes import LowRankLinear
 from optkit_backends.onnxruntime.builder import MICROSOFT, GraphBuilder
 from optkit_backends.onnxruntime.files import Facts
 
@@ -52,8 +53,7 @@ def compile_module(module: nn.Module, directory: Path, *, accuracy_level: int, b
     decoder.build()
     builder.save(config.model_type)
     Facts(
-        layers=len(model.model.layers),
-        kv_heads=config.num_key_value_heads,
+        kv_heads=decoder.kv_heads,
         head_dim=decoder.head_dim,
         vocab_size=model.lm_head.out_features,
         max_length=config.max_position_embeddings,
@@ -67,6 +67,7 @@ class _Decoder:
     def __init__(self, builder: GraphBuilder, model: Any) -> None:
         self.builder, self.model, self.config = builder, model, model.config
         self.head_dim: int = model.model.layers[0].self_attn.head_dim
+        self.kv_heads = [layer.self_attn.k_proj.out_features // self.head_dim for layer in model.model.layers]
         self.cache = cache_scheme(model)
         self.tokens = builder.input("tokens", INT64, ["tokens"])
         # From packed tokens to [rows, width] and back: the token of each place, and the place of each token.
@@ -139,10 +140,10 @@ class _Decoder:
             builder.node("Gather", [part, self.spread], f"{path}.spread.{place}", axis=0)
             for place, part in enumerate(self._queries(hidden, layer, path))
         ]
-        shape = ["rows", self.config.num_key_value_heads, "capacity", self.head_dim]
+        shape = ["rows", self.kv_heads[index], "capacity", self.head_dim]
         kept = FLOAT if self.cache is None else INT8
         past = [builder.input(f"past.{index}.{kind}", kept, shape) for kind in ("key", "value")]
-        scales, rounding = self._cache_scales(layer, path)
+        scales, rounding = self._cache_scales(layer, self.kv_heads[index], path)
         absent: list[ir.Value | None] = [None]
         output, *present = builder.nodes(
             "GroupQueryAttention",
@@ -162,8 +163,8 @@ class _Decoder:
             path,
             MICROSOFT,
             3,
-            num_heads=self.config.num_attention_heads,
-            kv_num_heads=self.config.num_key_value_heads,
+            num_heads=layer.q_proj.out_features // self.head_dim,
+            kv_num_heads=self.kv_heads[index],
             do_rotary=1,
             scale=float(layer.scaling),
             local_window_size=self._window(layer),
@@ -174,13 +175,13 @@ class _Decoder:
         packed = builder.node("GatherND", [output, self.places], f"{path}.pack")
         return builder.linear(packed, [layer.o_proj], f"{path}.o_proj")
 
-    def _cache_scales(self, layer: Any, path: str) -> tuple[list[ir.Value | None], dict[str, Any]]:
+    def _cache_scales(self, layer: Any, heads: int, path: str) -> tuple[list[ir.Value | None], dict[str, Any]]:
         """What GroupQueryAttention must know of its cache: scales of keys and values, and attributes."""
         if self.cache is None:
             return [None, None], {}
         by_head = self.cache.granularity == "head"
         # The kernel knows a scale for each channel, not for each head.
-        shape = (1, self.config.num_key_value_heads, 1, self.head_dim)
+        shape = (1, heads, 1, self.head_dim)
         scales: list[ir.Value | None] = [
             self.builder.constant(f"{path}.{name}", scale.expand(shape) if by_head else scale)
             for name, scale in (("k_scale", layer.k_scale), ("v_scale", layer.v_scale))
@@ -191,8 +192,8 @@ class _Decoder:
     def _queries(self, hidden: ir.Value, layer: Any, path: str) -> list[ir.Value]:
         """Queries, keys and values: side by side in one value where a single product can make them, else in three."""
         layers = [layer.q_proj, layer.k_proj, layer.v_proj]
-        formats = {one.scheme if isinstance(one, QuantizedLinear) else None for one in layers}
-        if len(formats) == 1 and not hasattr(layer, "q_norm"):
+        formats = {one.scheme if isinstance(one, QuantizedLinear) else type(one) for one in layers}
+        if len(formats) == 1 and LowRankLinear not in formats and not hasattr(layer, "q_norm"):
             return [self.builder.linear(hidden, layers, f"{path}.qkv_proj")]
         query, key, value = (
             self.builder.linear(hidden, [one], f"{path}.{name}_proj") for one, name in zip(layers, "qkv", strict=True)

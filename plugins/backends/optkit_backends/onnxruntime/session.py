@@ -45,18 +45,18 @@ class OnnxSession(TokenSession):
         self._launches: dict[Layout, _Launch] = {}
         # Attention wants room for the padding of a step too: with one place more, an idle slot always has it.
         self._capacity = limits.max_length + 1
-        shape = (facts.kv_heads, self._capacity, facts.head_dim)
+        shapes = [(heads, self._capacity, facts.head_dim) for heads in facts.kv_heads]
         most, tokens = limits.max_batch_size, limits.kv_cache_tokens
         slots = blocks_that_fit(
             limits,
             wanted=most if tokens is None else min(most, tokens // limits.max_length),
             block_size=limits.max_length,
-            block_bytes=2 * facts.layers * math.prod(shape) * np.dtype(facts.cache_dtype).itemsize,
+            block_bytes=2 * sum(map(math.prod, shapes)) * np.dtype(facts.cache_dtype).itemsize,
         )
         # Zeros are pages that the kernel gives when they are written, so memory grows with use.
         self._cache: dict[str, npt.NDArray[np.generic]] = {
             f"{layer}.{kind}": np.zeros((slots, *shape), facts.cache_dtype)
-            for layer in range(facts.layers)
+            for layer, shape in enumerate(shapes)
             for kind in ("key", "value")
         }
         self.caps = Caps(
@@ -84,12 +84,15 @@ class OnnxSession(TokenSession):
         return launch
 
     def read_blocks(self, blocks: Sequence[int]) -> npt.NDArray[np.generic]:
-        # [slots, layers * 2, kv_heads, capacity, head_dim]
-        return np.stack([whole[list(blocks)] for whole in self._cache.values()], axis=1)
+        # [slots, numbers]
+        return np.concatenate([whole[list(blocks)].reshape(len(blocks), -1) for whole in self._cache.values()], axis=1)
 
     def write_blocks(self, blocks: Sequence[int], contents: npt.NDArray[np.generic]) -> None:
-        for index, whole in enumerate(self._cache.values()):
-            whole[list(blocks)] = contents[:, index]
+        start = 0
+        for whole in self._cache.values():
+            end = start + math.prod(whole.shape[1:])
+            whole[list(blocks)] = contents[:, start:end].reshape(-1, *whole.shape[1:])
+            start = end
 
     def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
         for whole in self._cache.values():
