@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from optkit.errors import OptkitError
-from optkit.quantized import QuantizedLayer, replace_module
+from optkit.quantized import QuantizedLayer, QuantizedLinear, replace_module
 from optkit.schemes import SHAPES_ENTRY
 
 __all__ = ["LowRankLinear", "describe", "reshape"]
@@ -33,24 +33,31 @@ class LowRankLinear(nn.Sequential):
     """A linear layer as the product of two thin ones: the first has no bias, the second that of the layer.
 
     Args:
-        first: `[rank, in]`.
-        second: `[out, rank]`.
+        first: `[rank, in]`, float or quantized.
+        second: `[out, rank]`, likewise.
     """
 
-    def __init__(self, first: nn.Module, second: nn.Module) -> None:
+    def __init__(self, first: nn.Linear | QuantizedLinear, second: nn.Linear | QuantizedLinear) -> None:
         super().__init__(first, second)
 
     @property
+    def factors(self) -> tuple[nn.Linear | QuantizedLinear, nn.Linear | QuantizedLinear]:
+        """First and second, as they are now."""
+        first: Any = self[0]
+        second: Any = self[1]
+        return first, second
+
+    @property
     def in_features(self) -> int:
-        return int(self[0].in_features)
+        return self.factors[0].in_features
 
     @property
     def out_features(self) -> int:
-        return int(self[1].out_features)
+        return self.factors[1].out_features
 
     @property
     def rank(self) -> int:
-        return int(self[0].out_features)
+        return self.factors[0].out_features
 
 
 def describe(module: nn.Module) -> None:
@@ -147,9 +154,9 @@ def _heads(config: Any, named: Mapping[str, nn.Module]) -> list[tuple[str, set[i
 
 def _outputs(named: Mapping[str, nn.Module], endings: tuple[str, ...]) -> set[int]:
     return {
-        int(layer.out_features)
+        layer.out_features
         for name, layer in named.items()
-        if isinstance(layer, nn.Linear | QuantizedLayer | LowRankLinear) and name.endswith(endings)
+        if isinstance(layer, nn.Linear | QuantizedLinear | LowRankLinear) and name.endswith(endings)
     }
 
 

@@ -114,19 +114,21 @@ class GraphBuilder:
         )
         return self._constants[name]
 
-    def linear(
-        self, hidden: ir.Value, layers: Sequence[nn.Linear | QuantizedLinear | LowRankLinear], name: str
-    ) -> ir.Value:
-        """Layers of one format as a single product, their outputs side by side; one of low rank as two products.
+    def linear(self, hidden: ir.Value, layer: nn.Linear | QuantizedLinear | LowRankLinear, name: str) -> ir.Value:
+        """A layer as one product of `hidden` `[tokens, in]`, or one of low rank as two; `name` is its path."""
+        if isinstance(layer, LowRankLinear):
+            first, second = layer.factors
+            return self.linear(self.linear(hidden, first, f"{name}.0"), second, f"{name}.1")
+        return self.stacked(hidden, [layer], name)
+
+    def stacked(self, hidden: ir.Value, layers: Sequence[nn.Linear | QuantizedLinear], name: str) -> ir.Value:
+        """Layers of one format as a single product, their outputs side by side.
 
         Args:
             hidden: `[tokens, in]`.
-            layers: all float, or all quantized with the same scheme, or a single one of low rank.
+            layers: all float, or all quantized with the same scheme.
             name: module path of the product.
         """
-        if isinstance(layers[0], LowRankLinear):
-            first, second = layers[0]
-            return self.linear(self.linear(hidden, [first], f"{name}.0"), [second], f"{name}.1")
         bias = None
         if any(layer.bias is not None for layer in layers):
             filled = [torch.zeros(layer.out_features) if layer.bias is None else layer.bias for layer in layers]

@@ -94,7 +94,7 @@ class _Decoder:
             update = self._mlp(normed, layer.mlp, f"{path}.mlp")
         normed, _ = self._norm(hidden, update, body.norm, "model.norm")
         rows = self.builder.node("Gather", [normed, self.logit_rows], "logit_rows.gather", axis=0)
-        logits = self.builder.linear(rows, [self.model.lm_head], "lm_head")
+        logits = self.builder.linear(rows, self.model.lm_head, "lm_head")
         self.builder.output(logits, "logits", FLOAT, ["logits", self.model.lm_head.out_features])
 
     def _angles(self) -> list[ir.Value]:
@@ -173,7 +173,7 @@ class _Decoder:
         for value, kind in zip(present, ("key", "value"), strict=True):
             builder.output(value, f"present.{index}.{kind}", kept, shape)
         packed = builder.node("GatherND", [output, self.places], f"{path}.pack")
-        return builder.linear(packed, [layer.o_proj], f"{path}.o_proj")
+        return builder.linear(packed, layer.o_proj, f"{path}.o_proj")
 
     def _cache_scales(self, layer: Any, heads: int, path: str) -> tuple[list[ir.Value | None], dict[str, Any]]:
         """What GroupQueryAttention must know of its cache: scales of keys and values, and attributes."""
@@ -194,9 +194,9 @@ class _Decoder:
         layers = [layer.q_proj, layer.k_proj, layer.v_proj]
         formats = {one.scheme if isinstance(one, QuantizedLinear) else type(one) for one in layers}
         if len(formats) == 1 and LowRankLinear not in formats and not hasattr(layer, "q_norm"):
-            return [self.builder.linear(hidden, layers, f"{path}.qkv_proj")]
+            return [self.builder.stacked(hidden, layers, f"{path}.qkv_proj")]
         query, key, value = (
-            self.builder.linear(hidden, [one], f"{path}.{name}_proj") for one, name in zip(layers, "qkv", strict=True)
+            self.builder.linear(hidden, one, f"{path}.{name}_proj") for one, name in zip(layers, "qkv", strict=True)
         )
         if hasattr(layer, "q_norm"):
             query = self._head_norm(query, layer.q_norm, layer.q_proj.out_features, f"{path}.q_norm")
@@ -219,9 +219,9 @@ class _Decoder:
 
     def _mlp(self, hidden: ir.Value, layer: Any, path: str) -> ir.Value:
         # Two products and not one: splitting a stacked output would cost more than it saves.
-        gate = self.builder.linear(hidden, [layer.gate_proj], f"{path}.gate_proj")
-        up = self.builder.linear(hidden, [layer.up_proj], f"{path}.up_proj")
+        gate = self.builder.linear(hidden, layer.gate_proj, f"{path}.gate_proj")
+        up = self.builder.linear(hidden, layer.up_proj, f"{path}.up_proj")
         # QuickGelu is x * sigmoid(alpha * x), so with alpha 1 it is silu in one pass.
         activated = self.builder.node("QuickGelu", [gate], f"{path}.act_fn", MICROSOFT, alpha=1.0)
         product = self.builder.node("Mul", [activated, up], f"{path}.mul")
-        return self.builder.linear(product, [layer.down_proj], f"{path}.down_proj")
+        return self.builder.linear(product, layer.down_proj, f"{path}.down_proj")
