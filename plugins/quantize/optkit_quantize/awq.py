@@ -19,12 +19,11 @@ if TYPE_CHECKING:
     from optkit.blockwise import Block
     from optkit.quantized import WeightScheme
 
-__all__ = ["AWQ", "best_scale", "clipped_round", "scales_to_try"]
+__all__ = ["AWQ", "best_scale", "clipped_round", "product_error", "scales_to_try"]
 
-_SAMPLE = 1024
-"""Tokens, from all of the calibration data, on which scales and clips are compared."""
 _WINDOWS = 4
-"""Of the calibration data, evenly spaced, on which the scales of an attention are compared."""
+"""Of the calibration data, evenly spaced, on which the scales before an attention or MLP are compared. Whole ones: the
+few tokens with huge activations, a text's first above all, decide much, and single tokens would miss or repeat them."""
 _SHARES = tuple(1 - step / 40 for step in range(21))
 _UNCLIPPED = ("q_proj", "k_proj")
 
@@ -38,9 +37,9 @@ class AWQ(WeightOnly):
     blocks of SmolLM2 in 3 and 4 bits; they were as often worse as better, for twice the time, and are left out.
 
     Costs 11 s for each block of SmolLM2-135M (5.5 minutes for 30) on one core with 32 windows of 512 tokens, and the
-    memory of one block with its inputs. Searches read 1024 of the tokens, and those of an attention 4 of the windows.
-    Not at 8 bits, where rounding to nearest is near lossless already, and not for architectures whose structure is not
-    known: GPTQ needs none.
+    memory of one block with its inputs. Scales before an attention or MLP are compared on 4 of the windows, the others
+    and all clips on all tokens. Not at 8 bits, where rounding to nearest is near lossless already, and not for
+    architectures whose structure is not known: GPTQ needs none.
 
     Paper: Lin et al., AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration, arXiv:2306.00978.
     """
@@ -70,28 +69,32 @@ class AWQ(WeightOnly):
         return model.tagged(*self.provides())
 
     def _quantize(self, model: Model, block: Block, layout: Layout, tokens: int) -> None:
-        module = model.module
+        from optkit.hessians import Hessians
+
+        module, seen = model.module, Hessians()
         # What is around the blocks, a head, is rounded without scales.
         feeds = layout.feeds(module, block.path) if block.path else ()
-        sources = {name: feed.readers[0] for feed in feeds for name in feed.readers}
-        inputs = inputs_of(block, {sources.get(name, name): None for name in block.names}, tokens, _SAMPLE)
-        samples = {name: inputs[sources.get(name, name)].sample for name in block.names}
+        inputs = inputs_of(block, block.names, tokens, also=seen.see)
+        hessians = {name: seen.of(name) for name in block.names}
         for feed in feeds:
             layers = {name: module.get_submodule(name) for name in feed.readers if name in block.names}
             if not layers:
                 continue
-            source = inputs[feed.readers[0]]
-            tried = scales_to_try(feed.shared(source.mean).mean(-1), self.grid)
-            scale = best_scale(feed, layers, tried, self.scheme, _replay(module, block, feed, source.sample))
+            source = next(iter(layers))
+            tried = scales_to_try(feed.shared(inputs[source].mean).mean(-1), self.grid)
+            linear = feed.scope in layers
+            error = product_error(layers, hessians[source]) if linear else _module_error(module, block, feed.scope)
+            scale = best_scale(feed, layers, tried, self.scheme, error)
             fold(module, feed, scale)
             for name in layers:
-                samples[name] = samples[name] / feed.spread(scale)
+                spread = feed.spread(scale)
+                hessians[name] = hessians[name] / (spread * spread.unsqueeze(1))
         # All scales before the first rounding: v and up make what o and down read.
         for name in block.names:
             layer: Any = module.get_submodule(name)
             clip = self.clip and name.rpartition(".")[2] not in _UNCLIPPED
             if clip:
-                rounded = clipped_round(layer.weight, samples[name], self.scheme, name=name)
+                rounded = clipped_round(layer.weight, hessians[name], self.scheme, name=name)
             else:
                 rounded = round_weight(layer.weight, self.scheme, name=name)
             install(model, name, self.quantized(layer, *rounded))
@@ -101,23 +104,46 @@ def _layout(tags: Iterable[str]) -> Layout:
     return layout_of(tags, what="AWQ", remedy="use quantize.gptq, which folds nothing")
 
 
-def _replay(module: nn.Module, block: Block, feed: Feed, sample: Tensor) -> Callable[[], Iterator[Tensor]]:
-    """What runs the module that shows a feed's errors on a part of the calibration data."""
+def product_error(layers: Mapping[str, nn.Module], hessian: Tensor) -> Callable[[], float]:
+    """How much the outputs of linear layers err, as a function of the weights that they have then.
+
+    Args:
+        layers: with their exact weights, by path.
+        hessian: of the input of all, `2 X^T X / n`, `[in, in]` float32.
+
+    Returns:
+        What gives twice the mean square of the output's error, summed over the outputs.
+    """
+    given: dict[str, Any] = dict(layers)
+    exact = {name: layer.weight.data for name, layer in given.items()}
+
+    def error() -> float:
+        wrong = {name: layer.weight.data - exact[name] for name, layer in given.items()}
+        return sum(float(((part @ hessian) * part).double().sum()) for part in wrong.values())
+
+    return error
+
+
+def _module_error(module: nn.Module, block: Block, scope: str) -> Callable[[], float]:
+    """The same for an attention or MLP, on a part of the calibration data."""
     import torch
 
-    scope: Any = module.get_submodule(feed.scope)
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = [((sample,), {})]
-    if feed.scope.endswith(".self_attn"):
-        # It mixes tokens, so that a sample of them would not do.
-        calls = [(call.args, call.kwargs) for call in block.calls(feed.scope, _WINDOWS)]
+    part: Any = module.get_submodule(scope)
+    calls = block.calls(scope, _WINDOWS)
 
     def run() -> Iterator[Tensor]:
-        for args, kwargs in calls:
+        for call in calls:
             with torch.no_grad():
-                output = scope(*args, **kwargs)
+                output = part(*call.args, **call.kwargs)
             yield output[0] if isinstance(output, tuple) else output
 
-    return run
+    wanted = list(run())
+
+    def error() -> float:
+        pairs = zip(run(), wanted, strict=True)
+        return sum(float((ours - theirs).square().sum(dtype=torch.float64)) for ours, theirs in pairs)
+
+    return error
 
 
 def scales_to_try(magnitudes: Tensor, grid: int) -> Iterator[Tensor]:
@@ -149,7 +175,7 @@ def best_scale(
     layers: Mapping[str, nn.Module],
     scales: Iterable[Tensor],
     scheme: WeightScheme,
-    run: Callable[[], Iterable[Tensor]],
+    error: Callable[[], float],
 ) -> Tensor:
     """The scale with which rounding the weights that read a tensor changes an output least, by squared error.
 
@@ -158,18 +184,15 @@ def best_scale(
         layers: those that are going to be rounded, by path.
         scales: `[channels]` each; of equals the first is taken.
         scheme: of the rounding, to nearest.
-        run: gives the output with the weights as they are then.
+        error: of the output with the weights as they are then.
 
     Raises:
         OptkitError: a weight is not finite.
     """
-    import torch
-
     from optkit.quantized import dequantize
 
     given: dict[str, Any] = dict(layers)
     exact = {name: layer.weight.data for name, layer in given.items()}
-    wanted = list(run())
     errors: list[tuple[float, Tensor]] = []
     for scale in scales:
         spread = feed.spread(scale)
@@ -177,22 +200,21 @@ def best_scale(
             # Divided here instead of in the input: the same product, without touching what makes the input.
             rounded = dequantize(*round_weight(exact[name] * spread, scheme, name=name))
             layer.weight.data = (rounded / spread).to(exact[name].dtype)
-        wrong = [(ours - theirs).square().sum(dtype=torch.float64) for ours, theirs in zip(run(), wanted, strict=True)]
-        errors.append((float(sum(wrong)), scale))
+        errors.append((error(), scale))
     for name, layer in given.items():
         layer.weight.data = exact[name]
     return min(errors, key=lambda error: error[0])[1]
 
 
 def clipped_round(
-    weight: Tensor, sample: Tensor, scheme: WeightScheme, *, name: str = "weight"
+    weight: Tensor, hessian: Tensor, scheme: WeightScheme, *, name: str = "weight"
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Round a weight matrix to nearest, with the range of each group shrunk so that the group's part of the output errs
     least.
 
     Args:
         weight: `[out, in]` float.
-        sample: inputs, `[vectors, in]` float32.
+        hessian: of the input, `X^T X` times any number, `[in, in]` float32.
         scheme: bits, group size and symmetry.
         name: the layer, for errors.
 
@@ -202,11 +224,13 @@ def clipped_round(
     Raises:
         OptkitError: a weight is not finite.
     """
+    import torch
 
     groups = grouped(weight, scheme, name=name)
-    vectors = sample.reshape(len(sample), -1, groups.shape[-1]).transpose(0, 1)
+    size = groups.shape[-1]
     # The squared error of a group's part of the output is w P w^T, with w the error of the group's weights.
-    products = vectors.transpose(1, 2) @ vectors
+    starts = range(0, len(hessian), size)
+    products = torch.stack([hessian[start : start + size, start : start + size] for start in starts])
     scale, zero_point = least_wrong(
         groups,
         _SHARES,

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, ClassVar, cast
 
 from pydantic import Field
 
-from optkit.errors import OptkitError
 from optkit.model import Model
 from optkit.transforms import TransformContext
 from optkit_quantize.quantizer import WeightOnly, install
@@ -18,11 +17,9 @@ if TYPE_CHECKING:
 
     from optkit.quantized import WeightScheme
 
-__all__ = ["GPTQ", "Hessians", "gptq_round"]
+__all__ = ["GPTQ", "gptq_round"]
 
 _SHRINKS = tuple(1 - 0.05 * step for step in range(11))
-_DAMPINGS = (1, 10, 100)
-_PANEL = 192
 
 
 class GPTQ(WeightOnly):
@@ -36,7 +33,7 @@ class GPTQ(WeightOnly):
     inputs cannot be had.
 
     Features that never have an input on the calibration data are rounded to nearest. Layers that read the same tensor
-    are rounded together.
+    are rounded together. In a pruned model weights that are 0 stay 0, as in SparseGPT (arXiv:2301.00774, section 3.5).
 
     Paper: Frantar et al., GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers,
     arXiv:2210.17323.
@@ -59,6 +56,7 @@ class GPTQ(WeightOnly):
 
     def apply(self, model: Model, context: TransformContext) -> Model:
         from optkit.blockwise import walk
+        from optkit.hessians import Hessians
 
         for block in walk(model.module, context, list(self.chosen(model.module))):
             hessians = Hessians()
@@ -82,6 +80,7 @@ class GPTQ(WeightOnly):
             block_size=self.block_size,
             act_order=self.act_order,
             scale_search=self.scale_search,
+            keep_zeros=any(tag.startswith("sparsity:") for tag in model.tags),
             name=next(iter(layers)),
         )
         start = 0
@@ -90,73 +89,6 @@ class GPTQ(WeightOnly):
             zero = None if zero_point is None else zero_point[rows].clone()
             install(model, name, self.quantized(layer, stored[rows].clone(), scale[rows].clone(), zero))
             start = rows.stop
-
-
-class Hessians:
-    """The matrices `2 X^T X / n` of the inputs of linear layers, over the `n` vectors that each layer got.
-
-    Layers that get one and the same tensor one after another, as the projections of an attention do, share one sum.
-    """
-
-    def __init__(self) -> None:
-        self._sums: dict[tuple[str, ...], tuple[Tensor, int]] = {}
-        self._input: Tensor | None = None
-        self._readers: list[str] = []
-
-    def see(self, name: str, input: Tensor) -> None:
-        """Count in an input `[..., features]` of the layer `name`: what `Block.watch` calls."""
-        if input is not self._input or name in self._readers:
-            self._add()
-            self._input = input
-        self._readers.append(name)
-
-    def sharing(self, names: Iterable[str]) -> list[tuple[str, ...]]:
-        """Layers in the order given, those of one Hessian together.
-
-        Raises:
-            OptkitError: a layer got no input.
-        """
-        self._add()
-        together: dict[tuple[tuple[str, ...], ...], list[str]] = {}
-        for name in names:
-            together.setdefault(tuple(self._sums_of(name)), []).append(name)
-        return [tuple(group) for group in together.values()]
-
-    def of(self, name: str) -> Tensor:
-        """The Hessian of a layer, `[features, features]` float32.
-
-        Raises:
-            OptkitError: it got no input.
-        """
-        self._add()
-        sums = [self._sums[readers] for readers in self._sums_of(name)]
-        total, vectors = sums[0][0].clone(), sum(count for _, count in sums)
-        for more, _ in sums[1:]:
-            total += more
-        total *= 2 / vectors
-        return total.triu() + total.triu(1).T
-
-    def _sums_of(self, name: str) -> list[tuple[str, ...]]:
-        found = [readers for readers in self._sums if name in readers]
-        if not found:
-            raise OptkitError("no calibration data reaches this layer", where=name, remedy="add it to ignore")
-        return found
-
-    def _add(self) -> None:
-        """Add the last input to the sum of all that read it."""
-        import torch
-
-        if self._input is None:
-            return
-        vectors = self._input.detach().reshape(-1, self._input.shape[-1]).float()
-        features = vectors.shape[1]
-        key = tuple(self._readers)
-        total, count = self._sums.get(key) or (torch.zeros(features, features, device=vectors.device), 0)
-        # Only the upper triangle, panel by panel: 40% less work.
-        for start in range(0, features, _PANEL):
-            total[start : start + _PANEL, start:].addmm_(vectors[:, start : start + _PANEL].T, vectors[:, start:])
-        self._sums[key] = total, count + len(vectors)
-        self._input, self._readers = None, []
 
 
 def gptq_round(
@@ -168,6 +100,7 @@ def gptq_round(
     block_size: int = 128,
     act_order: bool = True,
     scale_search: bool = True,
+    keep_zeros: bool = False,
     name: str = "weight",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Round a weight matrix so that `(w - q) H (w - q)^T` of each row stays small.
@@ -182,6 +115,7 @@ def gptq_round(
         act_order: visit features by decreasing diagonal of the Hessian, with scales from the original weights; else in
             order, each group's scale from its weights as they are when it begins.
         scale_search: choose scales by their error; else they cover the range.
+        keep_zeros: weights that are 0 stay 0, and later weights make good what would have been added to them.
         name: the layer, for errors.
 
     Returns:
@@ -193,13 +127,15 @@ def gptq_round(
     """
     import torch
 
+    from optkit.hessians import inverse_cholesky
+
     groups = grouped(weight, scheme, name=name)
     size = groups.shape[-1]
     features = len(hessian)
     order = torch.arange(features, device=hessian.device)
     if act_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-    shares = _shares(hessian[order][:, order], damping, name)
+    shares = inverse_cholesky(hessian[order][:, order], damping, name)
     # The part of the error in a feature that the features after it cannot make good.
     lasting = shares.diagonal().square().reciprocal()
 
@@ -219,6 +155,7 @@ def gptq_round(
     places = (order // size).tolist()
     # A feature's weights lie together: [in, out].
     columns = groups.flatten(1).T[order].contiguous()
+    pruned = columns == 0 if keep_zeros else None
     stored = torch.empty_like(columns, dtype=scheme.dtype)
     start = 0
     while start < features:
@@ -226,13 +163,17 @@ def gptq_round(
         if not act_order:
             end = min(end, start - start % size + size)
             if start % size == 0:
-                keep(*fit(columns[start : start + size].T.unsqueeze(1), lasting[start : start + size]))
+                left = columns[start : start + size]
+                if pruned is not None:
+                    left = left.masked_fill(pruned[start : start + size], 0)
+                keep(*fit(left.T.unsqueeze(1), lasting[start : start + size]))
         errors = torch.empty_like(columns[start:end])
         for feature in range(start, end):
             before = errors[: feature - start]
             column = torch.addmv(columns[feature], before.T, shares[feature, start:feature], alpha=-1)
             scale, zero_point = scales[places[feature]], zeros[places[feature]]
-            stored[feature] = round_with(column.unsqueeze(-1), scale, zero_point, scheme).squeeze(-1)
+            wanted = column if pruned is None else column.masked_fill(pruned[feature], 0)
+            stored[feature] = round_with(wanted.unsqueeze(-1), scale, zero_point, scheme).squeeze(-1)
             shifted = stored[feature].float() if zero_point is None else stored[feature].float() - zero_point
             torch.div(column - shifted * scale, shares[feature, feature], out=errors[feature - start])
         columns[end:].addmm_(shares[end:, start:end], errors, alpha=-1)
@@ -243,34 +184,6 @@ def gptq_round(
         stored[back].T.contiguous(),
         torch.stack(scales, 1),
         torch.stack(zero_points, 1) if zero_points else None,
-    )
-
-
-def _shares(hessian: Tensor, damping: float, name: str) -> Tensor:
-    """How errors are passed on: that of feature `j` costs feature `k > j` as much as `C[k, j] / C[j, j]` times it.
-
-    `C` is the lower triangular matrix with `C C^T = H^-1`, `[in, in]` float32.
-    """
-    import torch
-
-    # In float64: calibration data often has far fewer directions than features.
-    hessian = hessian.double()
-    mean = hessian.diagonal().mean()
-    mean = torch.where(mean == 0, torch.ones_like(mean), mean)
-    identity = torch.eye(len(hessian), dtype=torch.float64, device=hessian.device)
-    for factor in _DAMPINGS:
-        damped = hessian + identity * (factor * damping * mean)
-        # Cholesky's factorization from the last feature to the first, H = R R^T with R upper triangular, spares the
-        # inverse of H: C is the inverse of R, transposed.
-        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if info == 0 and torch.isfinite(lower).all():
-            inverse: Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-            return inverse.T.float().contiguous()
-    raise OptkitError(
-        f"the Hessian of its inputs is not positive definite with {_DAMPINGS[-1]} times the damping",
-        where=name,
-        found=damping,
-        remedy="raise damping, give more calibration data, or add the layer to ignore",
     )
 
 

@@ -269,8 +269,10 @@ def _round_by_gptq(model: Model, schemes: Mapping[str, WeightScheme], context: T
     import torch
 
     from optkit.blockwise import walk
-    from optkit_quantize.gptq import Hessians, gptq_round
+    from optkit.hessians import Hessians
+    from optkit_quantize.gptq import gptq_round
 
+    sparse = any(tag.startswith("sparsity:") for tag in model.tags)
     for block in walk(model.module, context, list(schemes)):
         hessians = Hessians()
         block.watch(block.names, hessians.see)
@@ -280,7 +282,7 @@ def _round_by_gptq(model: Model, schemes: Mapping[str, WeightScheme], context: T
                 # Rows do not depend on each other: layers of one input and scheme are rounded as one.
                 layers: dict[str, Any] = {n: model.module.get_submodule(n) for n in sharing if schemes[n] == scheme}
                 weight = torch.cat([layer.weight.detach() for layer in layers.values()])
-                rounded = gptq_round(weight, hessian, scheme, name=next(iter(layers)))
+                rounded = gptq_round(weight, hessian, scheme, keep_zeros=sparse, name=next(iter(layers)))
                 rows = [layer.out_features for layer in layers.values()]
                 parts = [[None] * len(rows) if tensor is None else torch.split(tensor, rows) for tensor in rounded]
                 for (name, layer), *own in zip(layers.items(), *parts, strict=True):

@@ -7,7 +7,7 @@ section 3). It can be chosen so that the weights, or the tensor, are easier to r
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -217,7 +217,9 @@ class Inputs:
         return torch.cat(self._kept)
 
 
-def inputs_of(block: Block, names: Iterable[str], vectors: int, sample: int) -> dict[str, Inputs]:
+def inputs_of(
+    block: Block, names: Iterable[str], vectors: int, sample: int = 0, also: Callable[[str, Tensor], None] | None = None
+) -> dict[str, Inputs]:
     """What linear layers get, from one run of the block.
 
     Args:
@@ -225,12 +227,19 @@ def inputs_of(block: Block, names: Iterable[str], vectors: int, sample: int) -> 
         names: their paths; one of the readers of a feed stands for all.
         vectors: tokens of the calibration data.
         sample: tokens to keep.
+        also: gets every input too, with the layer's path.
 
     Raises:
         OptkitError: an input is not finite.
     """
     seen = {name: Inputs(vectors, sample) for name in names}
-    block.watch(seen, lambda name, input: seen[name].see(input))
+
+    def see(name: str, input: Tensor) -> None:
+        seen[name].see(input)
+        if also is not None:
+            also(name, input)
+
+    block.watch(seen, see)
     for name, inputs in seen.items():
         if not inputs.largest.isfinite().all():
             raise OptkitError(

@@ -17,7 +17,7 @@ from optkit.model import ModelCard
 from optkit.quantized import dequantize, quantized_layers
 from optkit.schemes import WeightScheme
 from optkit.transforms import TransformContext
-from optkit_quantize.awq import AWQ, best_scale, clipped_round, scales_to_try
+from optkit_quantize.awq import AWQ, best_scale, clipped_round, product_error, scales_to_try
 from optkit_quantize.rounding import round_weight
 from optkit_quantize.rtn import RTN
 from optkit_quantize.structure import Feed, fold, layout_of
@@ -106,7 +106,7 @@ def test_the_best_scale_errs_least_and_never_more_than_none(rows, bits, symmetri
     layer.weight = nn.Parameter(torch.from_numpy(weight).float(), requires_grad=False)
     before, feed = layer.weight.clone(), Feed("up", ("down",), "down")
     tried = list(scales_to_try(x.abs().mean(0), 8))
-    best = best_scale(feed, {"down": layer}, iter(tried), scheme, lambda: [layer(x)])
+    best = best_scale(feed, {"down": layer}, iter(tried), scheme, product_error({"down": layer}, 2 * x.T @ x / len(x)))
     assert torch.equal(layer.weight, before)
     errors = []
     for scale in tried:
@@ -142,7 +142,7 @@ def test_a_clipped_group_errs_least_among_the_shrunk_ranges(group, bits, symmetr
     elif kind == "constant":
         weight[:] = 0.5
     scheme = WeightScheme(bits, group, symmetric)
-    stored = clipped_round(torch.from_numpy(weight).float(), torch.from_numpy(sample).float(), scheme)
+    stored = clipped_round(torch.from_numpy(weight).float(), torch.from_numpy(sample.T @ sample).float(), scheme)
     read_back = dequantize(*stored).double().numpy()
     size = group or 16
     for row in range(3):
@@ -165,7 +165,7 @@ def test_an_outlier_that_no_input_meets_is_clipped():
     weight[0, :8] = -1
     weight[0, 3], sample[:, 3] = 1.8, 0
     scheme = WeightScheme(4, None, True)
-    clipped = dequantize(*clipped_round(weight, sample, scheme))
+    clipped = dequantize(*clipped_round(weight, sample.T @ sample, scheme))
     whole = dequantize(*round_weight(weight, scheme))
     assert clipped[0, 3] < 1.5 < whole[0, 3]
     assert ((clipped - weight) @ sample.T).square().sum() < 0.5 * ((whole - weight) @ sample.T).square().sum()
