@@ -74,16 +74,18 @@ class AWQ(WeightOnly):
         module, seen = model.module, Hessians()
         # What is around the blocks, a head, is rounded without scales.
         feeds = layout.feeds(module, block.path) if block.path else ()
-        inputs = inputs_of(block, block.names, tokens, also=seen.see)
-        hessians = {name: seen.of(name) for name in block.names}
+        sources = {name: feed.readers[0] for feed in feeds for name in feed.readers}
+        inputs = inputs_of(block, {sources.get(name, name): None for name in block.names}, tokens, also=seen.see)
+        hessians = {name: seen.of(sources.get(name, name)) for name in block.names}
         for feed in feeds:
             layers = {name: module.get_submodule(name) for name in feed.readers if name in block.names}
             if not layers:
                 continue
-            source = next(iter(layers))
-            tried = scales_to_try(feed.shared(inputs[source].mean).mean(-1), self.grid)
-            linear = feed.scope in layers
-            error = product_error(layers, hessians[source]) if linear else _module_error(module, block, feed.scope)
+            tried = scales_to_try(feed.shared(inputs[feed.readers[0]].mean).mean(-1), self.grid)
+            if feed.scope in layers:
+                error = product_error(layers, hessians[feed.scope])
+            else:
+                error = _module_error(module, block, feed.scope)
             scale = best_scale(feed, layers, tried, self.scheme, error)
             fold(module, feed, scale)
             for name in layers:
