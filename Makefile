@@ -17,7 +17,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do "$$na
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: test-gpu bench-quantizers help quickstart bench-quickstart bench-continuous bench-scheduler bench-serving install test test-slow test-nightly test-soak test-clients lint types layers docs docs-check check clean
+.PHONY: test-gpu bench-quantizers bench-pruners help quickstart bench-quickstart bench-continuous bench-scheduler bench-serving install test test-slow test-nightly test-soak test-clients lint types layers docs docs-check check clean
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of"
@@ -83,6 +83,10 @@ test-gpu: .venv/.dev ## run the tests that need a GPU; skipped, with the reason,
 
 bench-quantizers: .venv/.dev ## measure what each quantizer costs in quality, time and memory, into benchmarks/quality/
 	.venv/bin/python benchmarks/quality/quantizers.py
+	@echo "Next: git diff benchmarks"
+
+bench-pruners: .venv/.dev ## measure what each pruner costs and gains, before and after recovery, into benchmarks/quality/
+	.venv/bin/python benchmarks/quality/pruners.py
 	@echo "Next: git diff benchmarks"
 
 lint: .venv/.dev ## check the style; "ruff format ." and "ruff check --fix ." mend most of it

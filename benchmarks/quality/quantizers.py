@@ -49,8 +49,9 @@ def rows() -> Rows:
         "smoothquant, int8_dynamic": [smooth, {"quantize.int8_dynamic": {}}],
         **{
             f"int8_static {observer}": [{"quantize.int8_static": {"observer": observer}}]
-            for observer in ("minmax", "percentile", "histogram", "mse")
+            for observer in ("minmax", "histogram", "mse")
         },
+        "int8_static percentile 99.99": [{"quantize.int8_static": {"observer": "percentile", "percentile": 99.99}}],
         "smoothquant, int8_static minmax": [smooth, {"quantize.int8_static": {"observer": "minmax"}}],
         "fp8 dynamic": [{"quantize.fp8": {"activations": "dynamic"}}],
         "fp8 static": [{"quantize.fp8": {"activations": "static"}}],

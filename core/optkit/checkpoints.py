@@ -24,6 +24,10 @@ class Checkpoint:
     def __init__(self, directory: Path | None = None) -> None:
         self._directory = directory
 
+    def within(self, name: str) -> Checkpoint:
+        """A part with names of its own, for work in several stages."""
+        return Checkpoint(None if self._directory is None else self._directory / name)
+
     def save(self, name: str, tensors: Mapping[str, Tensor], facts: Mapping[str, Any] | None = None) -> None:
         """Keep tensors, and JSON-able facts beside them, under `name`, in the place of what was there."""
         if self._directory is None:

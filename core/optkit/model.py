@@ -34,6 +34,8 @@ class ModelCard:
     """Numbers in the KV cache per token, keys and values of all layers; 0 for an encoder."""
     tied_head: bool
     """Whether the output head and the input embedding are one tensor."""
+    head_size: int = 0
+    """Features of an attention head; 0 where it is not known."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -137,7 +137,9 @@ def _settle(model: Any) -> None:
         *_heads(config, named),
     ):
         if len(values) == 1 and isinstance(getattr(config, entry, None), int):
-            setattr(config, entry, next(iter(values)))
+            value = next(iter(values))
+            if "heads" not in entry or _accepts(config, entry, value):
+                setattr(config, entry, value)
 
 
 def _heads(config: Any, named: Mapping[str, nn.Module]) -> list[tuple[str, set[int]]]:
@@ -150,6 +152,17 @@ def _heads(config: Any, named: Mapping[str, nn.Module]) -> list[tuple[str, set[i
         ("num_attention_heads", {width // config.head_dim for width in queries}),
         ("num_key_value_heads", {width // config.head_dim for width in keys}),
     ]
+
+
+def _accepts(config: Any, entry: str, value: int) -> bool:
+    """Whether the configuration could be read again: Llama's wants heads that divide the width, of whatever size."""
+    changed = copy.copy(config)
+    setattr(changed, entry, value)
+    try:
+        getattr(changed, "validate_architecture", lambda: None)()
+    except ValueError:
+        return False
+    return True
 
 
 def _outputs(named: Mapping[str, nn.Module], endings: tuple[str, ...]) -> set[int]:

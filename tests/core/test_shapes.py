@@ -79,7 +79,8 @@ def test_layers_of_any_shapes_come_back(tiny_llama, tmp_path_factory, widths, he
         narrow(layer.mlp, width)
         behead(layer.self_attn, queries, keys)
     loaded = again(model, folder)
-    assert (entry(folder) is None) == (len(set(widths)) == len(set(heads)) == 1)
+    # Llama's configuration wants heads that divide the width, here 64.
+    assert (entry(folder) is None) == (len(set(widths)) == len(set(heads)) == 1 and heads[0] != (3, 1))
     assert ("shape:pruned" in loaded.tags) == (entry(folder) is not None)
     card = HuggingFace(model=str(folder)).inspect()
     assert ("shape:pruned" in card.tags) == (entry(folder) is not None)

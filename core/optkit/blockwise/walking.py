@@ -1,38 +1,20 @@
-"""A model on calibration data one block after another, so that only one block is worked on at a time.
-
-Each block gets the outputs that the blocks before it give now, after what was done to them, as in GPTQ (Frantar et al.,
-arXiv:2210.17323, section 4).
-
-    for block in walk(model.module, context, chosen):
-        ranges = {}
-        block.watch(block.names, lambda name, input: ranges.update({name: input.abs().amax()}))
-        for name in block.names:
-            replace_module(model.module, name, ...)
-"""
+"""Finding a model's blocks, running them one after another, and handing them out."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from optkit.blockwise.kept import keep, resumed
 from optkit.errors import OptkitError
-from optkit.quantized import (
-    ActivationScheme,
-    QuantizedConv2d,
-    QuantizedLayer,
-    QuantizedLinear,
-    WeightScheme,
-    replace_module,
-)
 from optkit.transforms import TransformContext
 
-__all__ = ["Block", "Call", "walk"]
+__all__ = ["Block", "Call", "blocks_of", "output_of", "patched", "walk"]
 
 _DONE = "done"
 
@@ -128,14 +110,14 @@ def walk(module: nn.Module, context: TransformContext, names: Collection[str]) -
     batches = context.calibration.inputs
     if not batches:
         raise OptkitError("there is no calibration data", remedy="give it in TransformContext.calibration")
-    blocks = _blocks(module, batches[0])
+    blocks = blocks_of(module, batches[0])
     within = {path: [name for name in names if name == path or name.startswith(f"{path}.")] for path in blocks}
     around = [name for name in names if not any(name in inside for inside in within.values())]
     total = sum(1 for inside in within.values() if inside) + bool(around)
     done = 0
     calls = _entries(module, list(blocks.values()), batches) if blocks else []
     hidden: list[Tensor] = [call.args[0] for call in calls[0]] if blocks else []
-    finished, hidden = _resumed(blocks, hidden, context)
+    finished, hidden = resumed(blocks, hidden, context)
     # Nothing reads what a block gives if no chosen layer comes after it.
     last = len(blocks) - 1 if around else max((i for i, path in enumerate(blocks) if within[path]), default=-1)
     for index, (path, block) in enumerate(blocks.items()):
@@ -154,7 +136,7 @@ def walk(module: nn.Module, context: TransformContext, names: Collection[str]) -
             if index < last or around:
                 hidden = [_finite(_run(run), path).cpu() for run in told.around(runs)]
             block.to("cpu")
-            _keep(block, index, hidden, context)
+            keep(block, index, hidden, context)
         done += bool(chosen)
     if around:
         path = "around the blocks" if blocks else "the model"
@@ -209,9 +191,9 @@ def _whole_run(
             for position, block in enumerate(blocks):
                 given = hidden[index].to(device) if position == len(blocks) - 1 else None
                 patches.enter_context(
-                    _patched(block, lambda *args, _given=given, **_: args[0] if _given is None else _given)
+                    patched(block, lambda *args, _given=given, **_: args[0] if _given is None else _given)
                 )
-            return _first(_forward(module, _moved(dict(batch), device)))
+            return output_of(module, _moved(dict(batch), device))
 
     return run
 
@@ -221,8 +203,15 @@ def _run(run: Callable[[], Tensor]) -> Tensor:
         return run()
 
 
-def _blocks(module: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, nn.Module]:
-    """Paths and modules of the blocks, in order; empty if the model has none that follow each other."""
+def blocks_of(module: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, nn.Module]:
+    """Paths and modules of a model's blocks, in order: those of its largest `ModuleList`.
+
+    Empty if one of them does not get the output of the one before.
+
+    Args:
+        module: the model.
+        batch: what to run it on; only the start of a text is used.
+    """
     lists = {path: found for path, found in module.named_modules() if isinstance(found, nn.ModuleList) and len(found)}
     if not lists:
         return {}
@@ -272,13 +261,23 @@ def _entries(
 
     with ExitStack() as patches, torch.no_grad():
         for index, block in enumerate(blocks):
-            patches.enter_context(_patched(block, entry(index)))
+            patches.enter_context(patched(block, entry(index)))
         for batch in batches:
             try:
                 _forward(module, batch)
             except _Reached:
                 continue
     return calls
+
+
+def output_of(module: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """The main tensor that a model gives for a batch, logits or hidden states for example.
+
+    Args:
+        module: the model.
+        batch: keyword arguments of its `forward`, as in `Calibration.inputs`, on its device.
+    """
+    return _first(_forward(module, batch))
 
 
 def _forward(module: nn.Module, batch: Mapping[str, Any]) -> Any:
@@ -335,7 +334,8 @@ def _removed(handle: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _patched(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+def patched(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
+    """A module with another `forward` for a while."""
     own = module.__dict__.get("forward")
     module.forward = forward
     try:
@@ -345,53 +345,3 @@ def _patched(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
             del module.forward
         else:
             module.forward = own
-
-
-# --- checkpoints
-
-
-def _keep(block: nn.Module, index: int, hidden: Sequence[Tensor], context: TransformContext) -> None:
-    layers = {
-        path: {"scheme": asdict(layer.scheme), "activations": layer.activations and asdict(layer.activations)}
-        for path, layer in block.named_modules()
-        if isinstance(layer, QuantizedLayer)
-    }
-    context.checkpoint.save(f"block-{index}", block.state_dict(), {"layers": layers})
-    # Last: it says that this block is whole.
-    context.checkpoint.save("hidden", {str(i): value for i, value in enumerate(hidden)}, {"finished": index + 1})
-
-
-def _resumed(
-    blocks: Mapping[str, nn.Module], hidden: list[Tensor], context: TransformContext
-) -> tuple[int, list[Tensor]]:
-    """How many blocks the checkpoint holds, and the inputs of the next one."""
-    found = context.checkpoint.load("hidden")
-    if found is None:
-        return 0, hidden
-    tensors, facts = found
-    for index, block in enumerate(list(blocks.values())[: facts["finished"]]):
-        kept = context.checkpoint.load(f"block-{index}")
-        if kept is None:
-            return 0, hidden
-        _restore(block, *kept)
-    return facts["finished"], [tensors[str(i)] for i in range(len(hidden))]
-
-
-def _restore(block: nn.Module, tensors: dict[str, Tensor], facts: Mapping[str, Any]) -> None:
-    for path, described in facts["layers"].items():
-        parts: dict[str, Any] = {
-            name: tensors.pop(f"{path}.{name}", None)
-            for name in ("weight", "scale", "zero_point", "bias", "input_scale", "input_zero_point")
-        }
-        activations = described["activations"] and ActivationScheme(**described["activations"])
-        held: Any = block.get_submodule(path)
-        made = partial(QuantizedConv2d, held) if isinstance(held, nn.Conv2d) else QuantizedLinear
-        replace_module(block, path, made(**parts, scheme=WeightScheme(**described["scheme"]), activations=activations))
-    for key, tensor in tensors.items():
-        path, _, name = key.rpartition(".")
-        owner = block.get_submodule(path)
-        held = getattr(owner, name, None)
-        if isinstance(held, nn.Parameter):
-            held.data = tensor
-        else:
-            owner.register_buffer(name, tensor)

@@ -138,6 +138,7 @@ def card_of(config: Mapping[str, Any], shapes: Shapes, *, name: str) -> ModelCar
             max_length=int(config.get("max_position_embeddings", 2048)),
             kv_values_per_token=_cached(shapes) or 2 * layers * kv_heads * head_dim,
             tied_head=tied,
+            head_size=head_dim,
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise DamagedError(f"config.json is incomplete ({type(error).__name__}: {error})", where=name) from error
@@ -195,6 +196,9 @@ def encoder_card_of(
             max_length=min(positions, int(trained or positions)),
             kv_values_per_token=0,
             tied_head=False,
+            head_size=int(config["hidden_size"]) // int(config["num_attention_heads"])
+            if {"hidden_size", "num_attention_heads"} <= config.keys()
+            else 0,
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise DamagedError(f"config.json is incomplete ({type(error).__name__}: {error})", where=name) from error

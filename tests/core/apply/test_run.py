@@ -40,12 +40,13 @@ def test_the_manifest_says_how_it_was_made(finished):
     prune, quantize, compiled = manifest.steps
     assert (prune.step, quantize.step, compiled.step) == ("1 prune.magnitude", "2 quantize.rtn", "compile")
     assert {step.distribution for step in manifest.steps} == {"optkit"}
-    assert prune.options == {"sparsity": 0.3, "targets": ["Linear"], "ignore": ["lm_head"]}
+    assert prune.options == {"sparsity": 0.3, "pattern": None, "targets": ["Linear"], "ignore": ["lm_head"]}
     assert quantize.options["granularity"] == "channel"
     assert len({step.key for step in manifest.steps}) == 3
     for step in (prune, quantize):
         assert step.seconds > 0
         assert step.effect["metrics"]["kl"]["value"] > 0
+        assert 0 < step.effect["compressed_bytes"] < step.effect["weight_bytes"]
         assert (
             step.effect["metrics"]["perplexity"]["ratio"]["low"] < step.effect["metrics"]["perplexity"]["ratio"]["high"]
         )

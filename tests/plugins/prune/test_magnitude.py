@@ -1,4 +1,4 @@
-"""prune.magnitude: exact sparsity, the smallest weights, and nothing else."""
+"""prune.magnitude: the smallest weights, and nothing else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from optkit_prune.magnitude import Magnitude
 CONTEXT = TransformContext(progress=lambda done, total, what: None)
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=10)
 @given(sparsity=st.floats(0.01, 0.95))
 def test_prunes_exactly_the_smallest(tiny_llama, sparsity):
     before = tiny_llama().module.state_dict()
@@ -29,6 +29,21 @@ def test_prunes_exactly_the_smallest(tiny_llama, sparsity):
             assert before[name][pruned].abs().max() <= before[name][~pruned].abs().min()
 
 
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8"])
+def test_prunes_the_smallest_of_each_group(tiny_llama, pattern):
+    kept, size = map(int, pattern.split(":"))
+    before = tiny_llama().module.state_dict()
+    model = Magnitude(pattern=pattern).apply(tiny_llama(), CONTEXT)
+    for name, after in model.module.state_dict().items():
+        if "proj" in name:
+            old, new = before[name].reshape(-1, size), after.reshape(-1, size)
+            pruned = new == 0
+            assert (pruned.sum(-1) == size - kept).all()
+            assert torch.equal(new[~pruned], old[~pruned])
+            largest_gone = old.abs().masked_fill(~pruned, 0).amax(-1)
+            assert (largest_gone <= old.abs().masked_fill(pruned, torch.inf).amin(-1)).all()
+
+
 def test_ties_do_not_prune_too_much(tiny_llama):
     model = tiny_llama()
     model.module.model.layers[0].mlp.up_proj.weight.fill_(0.25)
@@ -36,13 +51,8 @@ def test_ties_do_not_prune_too_much(tiny_llama):
     assert (layer.weight == 0).sum() == layer.weight.numel() // 2
 
 
-def test_only_the_targets(tiny_llama):
-    model = Magnitude(sparsity=0.5, targets=(r"re:.*\.down_proj",)).apply(tiny_llama(), CONTEXT)
-    sparse = [name for name, tensor in model.module.state_dict().items() if (tensor == 0).float().mean() > 0.4]
-    assert sparse == [f"model.layers.{layer}.mlp.down_proj.weight" for layer in (0, 1)]
-
-
-@pytest.mark.parametrize("sparsity", [0.0, 0.96, -1.0, True])
-def test_wrong_options_are_refused(sparsity):
-    with pytest.raises(ValueError, match="sparsity"):
-        Magnitude(sparsity=sparsity)
+def test_zeros_that_are_there_already_count(tiny_llama):
+    model = tiny_llama()
+    model.module.model.layers[0].mlp.up_proj.weight[:16] = 0
+    layer = Magnitude(sparsity=0.5).apply(model, CONTEXT).module.model.layers[0].mlp.up_proj
+    assert (layer.weight == 0).sum() == layer.weight.numel() // 2
