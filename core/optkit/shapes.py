@@ -78,7 +78,8 @@ def describe(module: nn.Module) -> None:
     if found:
         reshape(built, found)
         setattr(model.config, SHAPES_ENTRY, found)
-    shapes = {name: tensor.shape for name, tensor in _floats(model).items()}
+    # Libraries' own layers pack integers in shapes of their own.
+    shapes = {name: tensor.shape for name, tensor in _floats(model).items() if tensor.is_floating_point()}
     for name, tensor in _floats(built).items():
         if shapes.get(name, tensor.shape) != tensor.shape:
             raise OptkitError(
