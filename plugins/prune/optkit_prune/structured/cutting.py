@@ -13,7 +13,7 @@ from optkit.errors import OptkitError
 from optkit_prune.structured.layout import attentions, feeds
 from optkit_prune.structured.structures import Cut, Structure, cost_of, head_size, masked
 
-__all__ = ["cut"]
+__all__ = ["cut", "name_head_size"]
 
 Batch = Mapping[str, Tensor]
 
@@ -127,3 +127,16 @@ def _check_same(found: Tensor, expected: Tensor) -> None:
             where="the model",
             remedy="something reads them past the layers; prune another part",
         )
+
+
+def name_head_size(module: Any, parts: Collection[str]) -> None:
+    """Write the size of heads down in a configuration where it no longer follows from the width.
+
+    Encoders have no place for it.
+    """
+    if not {"heads", "width"} & set(parts):
+        return
+    names = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    owner = module.get_submodule(attentions(names)[0].owner)
+    if getattr(owner, "head_dim", None) is not None:
+        module.config.head_dim = head_size(owner)

@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from optkit.errors import RecipeError
 
-__all__ = ["MOST", "Cost", "Kept", "Pool", "Term", "by_ratio", "by_share", "smallest_share", "totals"]
+__all__ = [
+    "MOST",
+    "Cost",
+    "Kept",
+    "Pool",
+    "Term",
+    "by_ratio",
+    "by_share",
+    "number_of",
+    "smallest_share",
+    "totals",
+    "whole",
+]
 
 MOST = 0.95
 """The largest share that may go."""
@@ -16,6 +29,7 @@ MOST = 0.95
 Kept = Mapping[str, int]
 """How many units of each pool stay, by its key."""
 
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 # Of a ratio of heads, so that 0.33 means one of three.
 _ROUNDED = 0.005
 
@@ -154,3 +168,17 @@ def totals(pools: Iterable[Pool], kept: Kept) -> dict[str, int]:
     for pool in pools:
         found[pool.part] = found.get(pool.part, 0) + kept[pool.key]
     return found
+
+
+def number_of(budget: str) -> float | None:
+    """A share between 0 and 1, a number of at least 1, or None for neither."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[KMB]?)", budget)
+    if found is None:
+        return None
+    number = float(found[1]) * (0.01 if found[2] == "%" else _UNITS[found[2]])
+    return number if (0 < number < 1 if found[2] == "%" else number >= 1) else None
+
+
+def whole(pools: Iterable[Pool]) -> Kept:
+    """All units of all pools."""
+    return {pool.key: pool.units for pool in pools}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self
 
@@ -14,8 +13,19 @@ from optkit.model import Model, ModelCard
 from optkit.schemes import SHAPES_ENTRY
 from optkit.transforms import Transform, TransformContext
 from optkit_prune.patterns import QUANTIZED
-from optkit_prune.structured.layout import Sheet, attentions, sheet_of
-from optkit_prune.structured.pools import MOST, Cost, Kept, Pool, by_ratio, by_share, smallest_share, totals
+from optkit_prune.structured.layout import Sheet, sheet_of
+from optkit_prune.structured.pools import (
+    MOST,
+    Cost,
+    Kept,
+    Pool,
+    by_ratio,
+    by_share,
+    number_of,
+    smallest_share,
+    totals,
+    whole,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -27,7 +37,6 @@ __all__ = ["Structured"]
 
 Batch = Mapping[str, "Tensor"]
 _BUDGETS = ("parameters", "flops", "latency")
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 # So many tokens are assumed for the memory of a sample's gradients.
 _SAMPLE = 512
 
@@ -92,7 +101,7 @@ class Structured(Transform):
     @classmethod
     def _budget(cls, budget: str | None, info: Any) -> str | None:
         if budget is not None:
-            if _number(budget) is None:
+            if number_of(budget) is None:
                 raise ValueError("a share is between 0% and 100%, such as 80%; a number is such as 108M")
             if info.field_name != "parameters" and not budget.endswith("%"):
                 raise ValueError("is a share, such as 80%")
@@ -151,7 +160,7 @@ class Structured(Transform):
 
     def apply(self, model: Model, context: TransformContext) -> Model:
         from optkit.shapes import describe
-        from optkit_prune.structured.cutting import cut
+        from optkit_prune.structured.cutting import cut, name_head_size
         from optkit_prune.structured.importance import Ranking, scores_of
 
         module: Any = model.module
@@ -166,12 +175,12 @@ class Structured(Transform):
         ranking = Ranking(structures, scores, across=self.allocation == "global", relative=relative)
         kept = self._kept(module, ranking, example, context)
         cut(module, structures, ranking.gone(kept), example)
-        whole = totals(pools, _whole(pools))
-        told = ", ".join(f"{part} {whole[part]} -> {left}" for part, left in totals(pools, kept).items())
+        had, left = totals(pools, whole(pools)), totals(pools, kept)
+        told = ", ".join(f"{part} {had[part]} -> {left[part]}" for part in left)
         context.progress(1, 1, f"{told}; parameters {before} -> {_size(module)}")
         tags = self.provides()
         if hasattr(module, "config"):
-            _name_head_size(module, self.parts)
+            name_head_size(module, self.parts)
             describe(module)
             tags |= {"shape:pruned"} if hasattr(module.config, SHAPES_ENTRY) else set()
         return model.tagged(*tags)
@@ -190,7 +199,7 @@ class Structured(Transform):
             return self._within(sheet.pools, sheet.cost(flops=self.flops is not None), lambda kept: kept)
         # As if time were in proportion to multiplications.
         cost, pools = sheet.cost(flops=True), sheet.pools
-        limit = (_number(self.latency) or 0) * cost.of(_whole(pools))
+        limit = (number_of(self.latency) or 0) * cost.of(whole(pools))
         share = smallest_share(pools, lambda share: cost.of(by_share(pools, share)) <= limit)
         return by_share(pools, MOST if share is None else share)
 
@@ -211,8 +220,8 @@ class Structured(Transform):
         if self.ratio is not None:
             return spread(by_ratio(pools, self.ratio))
         name, budget = next((name, value) for name in _BUDGETS if (value := getattr(self, name)) is not None)
-        now = cost.of(_whole(pools))
-        limit = (_number(budget) or 0) * (now if budget.endswith("%") else 1)
+        now = cost.of(whole(pools))
+        limit = (number_of(budget) or 0) * (now if budget.endswith("%") else 1)
         if limit >= now:
             raise RecipeError(f"{name}: the model has {now:.0f} already", found=budget, remedy="lower it")
         share = smallest_share(pools, lambda share: cost.of(spread(by_share(pools, share))) <= limit)
@@ -234,7 +243,7 @@ class Structured(Transform):
         from optkit_prune.structured.latency import time_ratio
 
         assert self.latency is not None
-        limit = _number(self.latency) or 0
+        limit = number_of(self.latency) or 0
         batches = context.calibration.inputs
         if not batches:
             raise OptkitError("there is no calibration data", remedy="give it in TransformContext.calibration")
@@ -268,24 +277,11 @@ class Structured(Transform):
                 raise RecipeError(what, found=self._step, remedy="lower it")
 
     def _check_parts(self, pools: Sequence[Pool], kept: Kept, name: str, budget: str) -> None:
-        whole, left = totals(pools, _whole(pools)), totals(pools, kept)
-        untouched = [part for part in left if left[part] == whole[part]]
+        had, left = totals(pools, whole(pools)), totals(pools, kept)
+        untouched = [part for part in left if left[part] == had[part]]
         if untouched:
             what = f"{name}: is reached before a step of {untouched[0]} has to go"
             raise RecipeError(what, found=budget, remedy=f"lower it, or leave {untouched[0]} out of parts")
-
-
-def _number(budget: str) -> float | None:
-    """A share between 0 and 1, a number of at least 1, or None for neither."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(%|[KMB]?)", budget)
-    if found is None:
-        return None
-    number = float(found[1]) * (0.01 if found[2] == "%" else _UNITS[found[2]])
-    return number if (0 < number < 1 if found[2] == "%" else number >= 1) else None
-
-
-def _whole(pools: Sequence[Pool]) -> Kept:
-    return {pool.key: pool.units for pool in pools}
 
 
 def _size(module: nn.Module) -> int:
@@ -306,17 +302,3 @@ def _example(model: Model, context: TransformContext) -> dict[str, Tensor]:
         raise OptkitError("there is no calibration data", remedy="give it in TransformContext.calibration")
     ids = torch.arange(8)[None] % module.config.vocab_size
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def _name_head_size(module: Any, parts: Sequence[str]) -> None:
-    """Write down the size of heads where it no longer follows from the width; encoders have no place for it."""
-    import torch
-
-    from optkit_prune.structured.structures import head_size
-
-    if not {"heads", "width"} & set(parts):
-        return
-    names = [name for name, layer in module.named_modules() if isinstance(layer, torch.nn.Linear)]
-    owner = module.get_submodule(attentions(names)[0].owner)
-    if getattr(owner, "head_dim", None) is not None:
-        module.config.head_dim = head_size(owner)
