@@ -36,10 +36,10 @@ class AWQ(WeightOnly):
     are clipped. The reference's scales that also divide by the magnitude of the weights (duo scaling) were tried on six
     blocks of SmolLM2 in 3 and 4 bits; they were as often worse as better, for twice the time, and are left out.
 
-    Costs 11 s for each block of SmolLM2-135M (5.5 minutes for 30) on one core with 32 windows of 512 tokens, and the
-    memory of one block with its inputs. Scales before an attention or MLP are compared on 4 of the windows, the others
-    and all clips on all tokens. Not at 8 bits, where rounding to nearest is near lossless already, and not for
-    architectures whose structure is not known: GPTQ needs none.
+    Costs 168 s for SmolLM2-135M on two cores with 8 windows of 512 tokens, and the memory of one block with its inputs.
+    Scales before an attention or MLP are compared on 4 of the windows, the others and all clips on all tokens. Not at
+    8 bits, where rounding to nearest is near lossless already, and not for architectures whose structure is not known:
+    GPTQ needs none.
 
     Paper: Lin et al., AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration, arXiv:2306.00978.
     """
