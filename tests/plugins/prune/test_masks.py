@@ -201,9 +201,7 @@ def test_a_pattern_that_does_not_fit_a_layer_is_refused_before_the_work(tiny_fol
 def test_a_sparsity_that_takes_nothing_of_a_layer_is_refused_before_the_work(tiny_folder, pruner):
     card = HuggingFace(model=str(tiny_folder)).inspect()
     pruner(sparsity=0.2).check(card)
-    with pytest.raises(
-        RecipeError, match=r"^sparsity rounds to none of the \d+ weights of model\.layers\."
-    ):
+    with pytest.raises(RecipeError, match=r"^sparsity rounds to none of the \d+ weights of model\.layers\."):
         pruner(sparsity=0.0001).check(card)
 
 
