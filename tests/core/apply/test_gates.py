@@ -103,7 +103,9 @@ def test_what_misses_gates_is_kept_aside_and_all_of_them_are_named(desk, run):
         run(desk.recipe(gates=gates), out)
     message, figures = str(failed.value), open_artifact(desk.folder / "out.rejected").report()["metrics"]
     assert failed.value.exit_code == 1
-    assert message.startswith(f"{out}: gate kl at_most 1e-06: is {figures['kl']['value']:.4g} (sparsity:unstructured ran as ")
+    assert message.startswith(
+        f"{out}: gate kl at_most 1e-06: is {figures['kl']['value']:.4g} (sparsity:unstructured ran as "
+    )
     assert "weights:int8-channel ran as torch.nn.functional.linear in float32)" in message
     assert f"gate size_bytes at_most 0.1x: is {figures['size_bytes']['ratio']['value']:.4g}x" in message
     assert "perplexity" not in message

@@ -14,7 +14,7 @@ from optkit_backends.onnxruntime import OnnxRuntime
 from optkit_backends.torch import Torch
 from optkit_quantize.rtn import RTN
 from tests.calibrating import context, texts
-from tests.shaping import behead, cut, factored, narrow
+from tests.shaping import behead, encoder_block, factored, narrow
 
 BACKENDS = [Torch(), OnnxRuntime(accuracy_level=1)]
 TOKENS = tuple(range(7, 47))
@@ -63,14 +63,7 @@ def test_a_decoder_of_several_shapes_gives_the_modules_own_logits(uneven, tmp_pa
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: type(backend).__name__)
 def test_an_encoder_of_several_shapes_gives_the_modules_own_output(tiny_bert, tmp_path, backend):
     model = tiny_bert()
-    block = model.module.encoder.layer[1]
-    cut(block.intermediate.dense, outputs=24)
-    cut(block.output.dense, inputs=24)
-    attention = block.attention.self
-    for layer in (attention.query, attention.key, attention.value):
-        cut(layer, outputs=16)
-    cut(block.attention.output.dense, inputs=16)
-    attention.num_attention_heads, attention.all_head_size = 2, 16
+    encoder_block(model.module.encoder.layer[1], width=24, heads=2)
     factored(model.module, "encoder.layer.0.output.dense", 16)
     ids = torch.tensor([TOKENS, TOKENS[::-1]])
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

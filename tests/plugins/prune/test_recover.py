@@ -26,7 +26,7 @@ from optkit_prune.lora import Adapted, adapt, merge
 from optkit_prune.magnitude import Magnitude
 from optkit_prune.recover import Recover
 from optkit_prune.svd import SVD
-from tests.calibrating import context, texts
+from tests.calibrating import RealModel, context, texts
 from tests.shaping import narrow
 
 DATA = texts(*[24] * 60)
@@ -345,31 +345,12 @@ def test_memory_is_that_of_what_is_trained(tiny_folder):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_a_real_model_wins_back_half_of_what_three_blocks_were_worth(smollm2):
-    from optkit.builtin.gguf import GGUF
-    from optkit.builtin.texts import PythonReference
-    from optkit.evaluate import every_window, held_out, windows
-
-    def model():
-        return GGUF(file=str(smollm2)).load()
-
-    def loss(model):
-        losses = []
-        for window in judged:
-            tokens = torch.tensor([window])
-            with torch.no_grad():
-                logits = model.module(tokens, use_cache=False).logits[0, :-1]
-            losses.append(functional.cross_entropy(logits, tokens[0, 1:]))
-        return torch.stack(losses).mean().item()
-
-    baseline, dataset = model(), PythonReference()
-    judged = windows(baseline.tokenizer, dataset, 4096, 512)
-    learnt = held_out(every_window(baseline.tokenizer, dataset, 512), judged, 128)
-    rows = [torch.tensor([ids]) for ids in learnt]
-    data = Calibration(tuple({"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows))
-    exact = loss(baseline)
-    pruned = Layers(count=3).apply(model(), context(Calibration(data.inputs[::16])))
-    before = loss(pruned)
-    after = loss(Recover(at_least=0.5).apply(pruned, learning(baseline, data)))
+    real = RealModel(smollm2, samples=128)
+    baseline = real.load()
+    exact = real.log_perplexity(baseline)
+    pruned = Layers(count=3).apply(real.load(), context(Calibration(real.calibration.inputs[::16])))
+    before = real.log_perplexity(pruned)
+    after = real.log_perplexity(Recover(at_least=0.5).apply(pruned, learning(baseline, real.calibration)))
     assert after - exact < 0.5 * (before - exact)
 
 

@@ -19,32 +19,9 @@ from optkit_prune.magnitude import Magnitude
 from optkit_prune.random import Random
 from optkit_prune.sparsegpt import SparseGPT, sparsegpt_prune
 from optkit_prune.wanda import Wanda
-from tests.calibrating import context, distance, texts
+from tests.calibrating import RealModel, context, distance, problem, texts
 
 KINDS = ["normal", "zero row", "constant", "outlier", "dead", "few", "silent"]
-
-
-def problem(rows: int, features: int, seed: int, kind: str = "normal") -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights, and the Hessian of inputs that depend on each other."""
-    random = np.random.default_rng(seed)
-    weight = random.normal(size=(rows, features))
-    inputs = random.normal(size=(2 * features, features)) @ random.normal(size=(features, features))
-    inputs *= np.exp(random.normal(size=features))
-    match kind:
-        case "zero row":
-            weight[-1] = 0
-        case "constant":
-            weight[:] = 0.5
-        case "outlier":
-            weight[0, 0] = 1000
-        case "dead":
-            inputs[:, :: max(features // 4, 1)] = 0
-        case "few":
-            inputs = inputs[:3]
-        case "silent":
-            inputs[:] = 0
-    x = torch.from_numpy(inputs).float()
-    return torch.from_numpy(weight).float(), 2 * x.T @ x / len(x)
 
 
 def compensated(weight: np.ndarray, hessian: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -220,31 +197,11 @@ def test_no_data_is_refused(tiny_llama):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_a_real_model_predicts_better_the_more_a_pruner_knows(smollm2):
-    from optkit.builtin.gguf import GGUF
-    from optkit.builtin.texts import PythonReference
-    from optkit.evaluate import every_window, held_out, windows
-
-    def model():
-        return GGUF(file=str(smollm2)).load()
-
-    def log_perplexity(model):
-        losses = []
-        for window in judged:
-            tokens = torch.tensor([window])
-            with torch.no_grad():
-                logits = model.module(tokens, use_cache=False).logits[0, :-1]
-            losses.append(torch.nn.functional.cross_entropy(logits, tokens[0, 1:]))
-        return torch.stack(losses).mean().item()
-
-    tokenizer, dataset = model().tokenizer, PythonReference()
-    judged = windows(tokenizer, dataset, 4096, 512)
-    learnt = held_out(every_window(tokenizer, dataset, 512), judged, 8)
-    mask = torch.ones(1, 512, dtype=torch.long)
-    calibration = Calibration(tuple({"input_ids": torch.tensor([ids]), "attention_mask": mask} for ids in learnt))
-    found = {"dense": log_perplexity(model())}
+    real = RealModel(smollm2, samples=8)
+    found = {"dense": real.log_perplexity(real.load())}
     for pruner in (Random, Magnitude, Wanda, SparseGPT):
-        pruned = pruner(sparsity=0.5).apply(model(), context(calibration))
-        found[pruner.__name__] = log_perplexity(pruned)
+        pruned = pruner(sparsity=0.5).apply(real.load(), context(real.calibration))
+        found[pruner.__name__] = real.log_perplexity(pruned)
     assert found["dense"] < found["SparseGPT"] < found["Magnitude"] < found["Random"]
     assert found["Wanda"] < found["Magnitude"]
 

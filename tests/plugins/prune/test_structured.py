@@ -23,6 +23,7 @@ from optkit.weights import load_folder, save_folder
 from optkit_backends.torch import Torch
 from optkit_prune.structured import Structured
 from tests.calibrating import context, texts
+from tests.shaping import places, refusal
 
 DATA = texts(12, 20, 15)
 IDS = DATA.inputs[1]["input_ids"]
@@ -41,21 +42,6 @@ def card(model):
 
 def pruned(model, calibration=DATA, **options):
     return Structured(**options).apply(model, context(calibration))
-
-
-def refusal(work):
-    """What a recipe error says, if there is one."""
-    try:
-        work()
-    except RecipeError as error:
-        return error.what
-    return None
-
-
-def places(part, whole, axis):
-    """Which rows or columns of a matrix a part of it is."""
-    rows = {tuple(row.tolist()): place for place, row in enumerate(whole.movedim(axis, 0))}
-    return [rows[tuple(row.tolist())] for row in part.movedim(axis, 0)]
 
 
 def check_feed(mlp, whole):

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -19,31 +19,9 @@ from optkit.transforms import TransformContext
 from optkit_quantize.gptq import GPTQ, gptq_round
 from optkit_quantize.rounding import round_weight
 from optkit_quantize.rtn import RTN
-from tests.calibrating import context, distance, texts
+from tests.calibrating import RealModel, context, distance, problem, texts
 
 GROUPS = {"granularity": "group", "group_size": 16}
-
-
-def problem(rows: int, features: int, seed: int, kind: str = "normal") -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights, and the Hessian of inputs that depend on each other."""
-    random = np.random.default_rng(seed)
-    weight = random.normal(size=(rows, features))
-    inputs = random.normal(size=(2 * features, features)) @ random.normal(size=(features, features))
-    inputs *= np.exp(random.normal(size=features))
-    if kind == "zero row":
-        weight[-1] = 0
-    elif kind == "constant":
-        weight[:] = 0.5
-    elif kind == "outlier":
-        weight[0, 0] = 1000
-    elif kind == "dead":
-        inputs[:, :: features // 4] = 0
-    elif kind == "few":
-        inputs = inputs[:3]
-    elif kind == "silent":
-        inputs[:] = 0
-    x = torch.from_numpy(inputs).float()
-    return torch.from_numpy(weight).float(), 2 * x.T @ x / len(x)
 
 
 def reference(
@@ -151,17 +129,18 @@ def error(weight: torch.Tensor, hessian: torch.Tensor, rounded: tuple) -> float:
     bits=st.sampled_from([2, 3, 4, 8]),
     symmetric=st.booleans(),
     options=st.sampled_from([{}, {"act_order": False}, {"scale_search": False}]),
-    kind=st.sampled_from(["normal", "outlier", "zero row", "dead", "few", "silent"]),
+    kind=st.sampled_from(["normal", "outlier", "zero row", "constant", "dead", "few", "silent"]),
     seed=st.integers(0, 2**16),
 )
 def test_what_reaches_the_output_is_no_worse_than_rounded_to_nearest(bits, symmetric, options, kind, seed):
+    assume(bits > 2 or kind != "constant")
     weight, hessian = problem(16, 64, seed, kind)
     scheme = WeightScheme(bits, 32, symmetric)
     nearest = error(weight, hessian, round_weight(weight, scheme))
     ours = error(weight, hessian, gptq_round(weight, hessian, scheme, **options))
     # A greedy algorithm promises nothing: 5% is for the outliers, where it gains next to nothing. In order and with
     # full ranges, not tried here, two bits can lose to rounding: the first errors outgrow the ranges of later groups.
-    # So can constant weights in two bits, not tried either.
+    # So can constant weights in two bits, about once in seven hundred times.
     assert ours <= 1.05 * nearest + 1e-9
 
 
@@ -352,33 +331,13 @@ def test_no_data_is_refused(tiny_llama):
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("bits", [4, 3])
 def test_a_real_model_predicts_better_than_rounded_to_nearest(bits, smollm2):
-    from optkit.builtin.gguf import GGUF
-    from optkit.builtin.texts import PythonReference
-    from optkit.evaluate import every_window, held_out, windows
-
-    def model():
-        return GGUF(file=str(smollm2)).load()
-
-    def perplexity(model):
-        losses = []
-        for window in judged:
-            tokens = torch.tensor([window])
-            with torch.no_grad():
-                logits = model.module(tokens, use_cache=False).logits[0, :-1]
-            losses.append(torch.nn.functional.cross_entropy(logits, tokens[0, 1:]))
-        return torch.stack(losses).mean().exp().item()
-
-    tokenizer, dataset = model().tokenizer, PythonReference()
-    judged = windows(tokenizer, dataset, 4096, 512)
-    learnt = held_out(every_window(tokenizer, dataset, 512), judged, 8)
-    mask = torch.ones(1, 512, dtype=torch.long)
-    calibration = Calibration(tuple({"input_ids": torch.tensor([ids]), "attention_mask": mask} for ids in learnt))
+    real = RealModel(smollm2, samples=8)
     options = {"bits": bits, "granularity": "group", "group_size": 64}
-    exact = perplexity(model())
-    nearest = perplexity(RTN(**options).apply(model(), context(Calibration())))
-    ours = perplexity(GPTQ(**options).apply(model(), context(calibration)))
+    exact = real.log_perplexity(real.load())
+    nearest = real.log_perplexity(RTN(**options).apply(real.load(), context(Calibration())))
+    ours = real.log_perplexity(GPTQ(**options).apply(real.load(), context(real.calibration)))
     # GPTQ undoes at least half of what rounding to nearest costs, in the logarithm.
-    assert math.log(ours / exact) < 0.5 * math.log(nearest / exact)
+    assert ours - exact < 0.5 * (nearest - exact)
 
 
 @pytest.mark.parametrize("options", [{"damping": 0.0}, {"damping": 2.0}, {"block_size": 0}, {"bits": 5}])
