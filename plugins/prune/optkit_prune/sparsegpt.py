@@ -22,9 +22,10 @@ class SparseGPT(Allocated):
     """Pruning on a mask that changes the weights that stay, so that the layer's outputs on calibration data stay the
     same.
 
-    Costs two runs of the model on the calibration data, four with `allocation: owl`, and a few seconds for each block
-    of a model of 135 M parameters. Memory is that of a block and six float64 copies of its largest Hessian, the square
-    of a layer's input features. Dense kernels run zeros at full price, so nothing gets faster by it; a file shrinks
+    Costs two runs of the model on the calibration data, four with `allocation: owl`, and with 8 windows of 512 tokens
+    2.5 s of one core for each block of SmolLM2-135M. Memory is that of a block and six float64 copies of its largest
+    Hessian, the square of a layer's input features. At 50% zeros that model's perplexity rises from 14.8 to 21.7, with
+    Wanda to 28.9, by magnitude to 375. Dense kernels run zeros at full price, so nothing gets faster by it; a file shrinks
     only when it is compressed. Not without calibration data like the model's later inputs, and not after a change that
     must be kept in the weights that stay, such as a merged adapter: take `prune.wanda`.
 
