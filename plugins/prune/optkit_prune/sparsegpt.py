@@ -25,9 +25,9 @@ class SparseGPT(Allocated):
     Costs two runs of the model on the calibration data, four with `allocation: owl`, and with 8 windows of 512 tokens
     2.5 s of one core for each block of SmolLM2-135M. Memory is that of a block and six float64 copies of its largest
     Hessian, the square of a layer's input features. At 50% zeros that model's perplexity rises from 14.8 to 21.7, with
-    Wanda to 28.9, by magnitude to 375. Dense kernels run zeros at full price, so nothing gets faster by it; a file shrinks
-    only when it is compressed. Not without calibration data like the model's later inputs, and not after a change that
-    must be kept in the weights that stay, such as a merged adapter: take `prune.wanda`.
+    Wanda to 28.9, by magnitude to 375. Dense kernels run zeros at full price, so nothing gets faster by it; a file
+    shrinks only when it is compressed. Not without calibration data like the model's later inputs, and not after a
+    change that must be kept in the weights that stay, such as a merged adapter: take `prune.wanda`.
 
     A layer's `round(sparsity * n)` zeros are shared out among blocks of `block_size` input features, each of which is
     chosen when the features before it are done, from all its outputs together. Features that never have an input on the
