@@ -40,6 +40,9 @@ def rows() -> dict[str, list[dict[str, Any]]]:
         found[f"svd {share}"] = [{"prune.svd": {"ratio": ratio}}]
     found["sparsegpt 2:4"] = [{"prune.sparsegpt": {"pattern": "2:4"}}]
     found["wanda 2:4"] = [{"prune.wanda": {"pattern": "2:4"}}]
+    quarter = {"parts": ["ffn"], "parameters": "75%", "importance": "activation"}
+    found["structured ffn, 25% of parameters"] = [{"prune.structured": quarter}]
+    found["layers 25%"] = [{"prune.layers": {"ratio": 0.25, "by": "perplexity", "tokens": 512}}]
     # A third of the query heads of each KV group is the only share of three that is between none and most of them.
     heads = {"parts": ["heads"], "ratio": 0.34, "importance": "activation"}
     found["structured heads 1/3"] = [{"prune.structured": heads}]
