@@ -23,8 +23,6 @@ from optkit_quantize.structure import fused_groups
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from optkit.quantized import QuantizedLinear
-
 __all__ = ["PLAN_FILE", "Mixed"]
 
 PLAN_FILE = "quantization_plan.json"
@@ -118,10 +116,12 @@ class Mixed(Quantizer):
         return (stored.rest + (stored.bits(self.scheme) if limit is None else limit)) / card.parameters
 
     def forward_passes(self) -> float:
-        # SmolLM2's 120 groups in 3 widths, half of the model each: 180 passes, on 384 of some 32,000 tokens.
-        return 2.0 + super().forward_passes()
+        # SmolLM2's 120 groups in 3 widths, half of the model each: 180 passes, on 384 of some 32,000 tokens. GPTQ comes
+        # twice: for the candidates, and for those that are chosen.
+        return 2.0 + super().forward_passes() * (2 if self.algorithm == "gptq" else 1)
 
     def apply(self, model: Model, context: TransformContext) -> Model:
+        from optkit_quantize.candidates import by_gptq, to_nearest
         from optkit_quantize.sensitivity import divergences
 
         module = model.module
@@ -130,7 +130,11 @@ class Mixed(Quantizer):
         stored = _Stored(shapes, _bits_around(module, layers))
         limit = self._limit(stored)
         groups = fused_groups(list(layers))
-        measured = divergences(module, groups, self.schemes, context, self.sensitivity_tokens)
+        gptq, sparse = self.algorithm == "gptq", any(tag.startswith("sparsity:") for tag in model.tags)
+        rounding = (
+            by_gptq(module, list(layers), self.schemes, context, keep_zeros=sparse) if gptq else to_nearest(module)
+        )
+        measured = divergences(module, groups, self.schemes, rounding, context, self.sensitivity_tokens)
         costs = [[stored.bits(scheme, names) for scheme in self.schemes] for names in groups]
         picked = allocate(costs, measured, cost=limit, loss=self.kl)
         if picked is None:
@@ -141,8 +145,8 @@ class Mixed(Quantizer):
             )
         plan = _Plan(groups, self.schemes, measured, picked)
         context.progress(0, len(layers), plan.line(stored))
-        if self.algorithm == "gptq":
-            _round_by_gptq(model, plan.chosen, context)
+        if gptq:
+            _round_by_gptq(model, plan.chosen, context, keep_zeros=sparse)
         else:
             _round_to_nearest(model, plan.chosen, context)
         budget = self.model_dump(include={"effective_bits", "size", "kl"}, exclude_none=True)
@@ -261,42 +265,38 @@ def _round_to_nearest(model: Model, schemes: Mapping[str, WeightScheme], context
     for done, (name, scheme) in enumerate(schemes.items()):
         context.progress(done, len(schemes), name)
         layer: Any = model.module.get_submodule(name)
-        install(model, name, _quantized(layer, scheme, round_weight(layer.weight, scheme, name=name)))
+        weight, scale, zero_point = round_weight(layer.weight, scheme, name=name)
+        _install(model, name, scheme, weight, scale, zero_point)
     context.progress(len(schemes), len(schemes), "done")
 
 
-def _round_by_gptq(model: Model, schemes: Mapping[str, WeightScheme], context: TransformContext) -> None:
-    import torch
-
+def _round_by_gptq(
+    model: Model, schemes: Mapping[str, WeightScheme], context: TransformContext, *, keep_zeros: bool
+) -> None:
     from optkit.blockwise import walk
     from optkit.hessians import Hessians
-    from optkit_quantize.gptq import gptq_round
+    from optkit_quantize.candidates import gptq_rounded
 
-    sparse = any(tag.startswith("sparsity:") for tag in model.tags)
     for block in walk(model.module, context, list(schemes)):
         hessians = Hessians()
         block.watch(block.names, hessians.see)
         for sharing in hessians.sharing(block.names):
             hessian = hessians.of(sharing[0])
             for scheme in dict.fromkeys(schemes[name] for name in sharing):
-                # Rows do not depend on each other: layers of one input and scheme are rounded as one.
-                layers: dict[str, Any] = {n: model.module.get_submodule(n) for n in sharing if schemes[n] == scheme}
-                weight = torch.cat([layer.weight.detach() for layer in layers.values()])
-                rounded = gptq_round(weight, hessian, scheme, keep_zeros=sparse, name=next(iter(layers)))
-                rows = [layer.out_features for layer in layers.values()]
-                parts = [[None] * len(rows) if tensor is None else torch.split(tensor, rows) for tensor in rounded]
-                for (name, layer), *own in zip(layers.items(), *parts, strict=True):
-                    install(model, name, _quantized(layer, scheme, own))
+                alike = [name for name in sharing if schemes[name] == scheme]
+                rounded = gptq_rounded(model.module, alike, hessian, scheme, keep_zeros=keep_zeros)
+                for name, parts in rounded.items():
+                    _install(model, name, scheme, parts["weight"], parts["scale"], parts.get("zero_point"))
 
 
-def _quantized(layer: nn.Linear, scheme: WeightScheme, rounded: Sequence[Tensor | None]) -> QuantizedLinear:
+def _install(
+    model: Model, name: str, scheme: WeightScheme, weight: Tensor, scale: Tensor, zero_point: Tensor | None
+) -> None:
     from optkit.quantized import QuantizedLinear
 
-    weight, scale, zero_point = (None if tensor is None else tensor.clone() for tensor in rounded)
-    assert weight is not None
-    assert scale is not None
+    layer: Any = model.module.get_submodule(name)
     bias = None if layer.bias is None else layer.bias.detach()
-    return QuantizedLinear(weight, scale, zero_point, bias, scheme)
+    install(model, name, QuantizedLinear(weight, scale, zero_point, bias, scheme))
 
 
 def _bits_around(module: nn.Module, chosen: Collection[str]) -> int:

@@ -13,9 +13,9 @@ from optkit.blockwise import walk
 from optkit.calibration import Calibration
 from optkit.checkpoints import Checkpoint
 from optkit.errors import OptkitError
-from optkit.quantized import dequantize
 from optkit.transforms import TransformContext
-from optkit_quantize.rounding import grouped, round_weight
+from optkit_quantize.candidates import Rounding
+from optkit_quantize.rounding import grouped
 
 if TYPE_CHECKING:
     from optkit.schemes import WeightScheme
@@ -30,10 +30,11 @@ def divergences(
     module: nn.Module,
     groups: Sequence[Sequence[str]],
     schemes: Sequence[WeightScheme],
+    rounding: Rounding,
     context: TransformContext,
     tokens: int,
 ) -> list[list[float]]:
-    """KL divergence of the model's next-token distribution from that with one group rounded to nearest in one scheme.
+    """KL divergence of the model's next-token distribution from that with one group rounded in one scheme.
 
     The hidden states before each block are kept, so that only the blocks from the group's own on are run again. Each
     finished group is kept in the checkpoint. The whole model is on `context.device` meanwhile, with the predictions of
@@ -43,6 +44,7 @@ def divergences(
         module: a causal language model, unquantized, on the CPU; comes back as it was.
         groups: paths of the linear layers that are rounded together.
         schemes: each group is rounded in each of them.
+        rounding: gives a layer's weight in a scheme.
         context: calibration data, device, checkpoint, progress.
         tokens: about how many to run on, as pieces of windows at even distances, each of 128 tokens or the window.
 
@@ -73,7 +75,7 @@ def divergences(
             for scheme in schemes:
                 what = f"{names[0]} in {scheme.bits} bits"
                 done = (len(measured) * len(schemes) + len(row)) * len(batches)
-                with _rounded(module, names, scheme):
+                with _rounded(module, names, scheme, rounding):
                     sums = []
                     for index, batch in enumerate(batches):
                         context.progress(done + index, total, what)
@@ -179,12 +181,12 @@ def _divergence(expected: Tensor, logits: Tensor) -> float:
 
 
 @contextmanager
-def _rounded(module: nn.Module, names: Sequence[str], scheme: WeightScheme) -> Iterator[None]:
+def _rounded(module: nn.Module, names: Sequence[str], scheme: WeightScheme, rounding: Rounding) -> Iterator[None]:
     weights = {name: _weight(module, name) for name in names}
     exact = {name: weight.data for name, weight in weights.items()}
     try:
         for name, weight in weights.items():
-            weight.data = dequantize(*round_weight(exact[name], scheme, name=name)).to(weight.dtype)
+            weight.data = rounding(name, scheme).to(weight)
         yield
     finally:
         for name, weight in weights.items():

@@ -26,6 +26,8 @@ from optkit.transforms import TransformContext
 from optkit.weights import load_folder, save_folder
 from optkit_quantize import budget
 from optkit_quantize.budget import allocate, bytes_of
+from optkit_quantize.candidates import by_gptq, to_nearest
+from optkit_quantize.gptq import GPTQ
 from optkit_quantize.mixed import PLAN_FILE, Mixed
 from optkit_quantize.rounding import round_weight
 from optkit_quantize.rtn import RTN
@@ -156,7 +158,7 @@ def test_divergences_are_those_of_the_whole_model_in_float64(tiny_llama, tied):
     module = tiny_llama(tie_word_embeddings=tied).module
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     groups = [*fused(module), ["lm_head"]]
-    measured = divergences(module, groups, SCHEMES, context(), tokens=10_000)
+    measured = divergences(module, groups, SCHEMES, to_nearest(module), context(), tokens=10_000)
     for names, row in zip(groups, measured, strict=True):
         for scheme, found in zip(SCHEMES, row, strict=True):
             expected = reference(tiny_llama(tie_word_embeddings=tied).module, names, scheme, calibration())
@@ -170,7 +172,7 @@ def test_only_as_many_tokens_are_run_as_asked_for(tiny_llama):
     module.register_forward_pre_hook(
         lambda _, __, kwargs: lengths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
-    divergences(module, fused(module)[:1], SCHEMES[:1], context(), tokens=48)
+    divergences(module, fused(module)[:1], SCHEMES[:1], to_nearest(module), context(), tokens=48)
     # A few to find the blocks, then two windows as they are and with a group rounded.
     assert lengths[-4:] == [24] * 4
     assert max(lengths[:-4]) <= 8
@@ -179,15 +181,16 @@ def test_only_as_many_tokens_are_run_as_asked_for(tiny_llama):
 def test_blocks_before_the_group_are_not_run_again(tiny_llama):
     module, ran = tiny_llama().module, []
     groups = fused(module)[4:]
-    measured = divergences(module, groups, SCHEMES, context(), 72)
+    measured = divergences(module, groups, SCHEMES, to_nearest(module), context(), 72)
     for layer in module.model.layers[:1]:
         layer.mlp.register_forward_hook(lambda *_: ran.append(1))
-    assert divergences(module, groups, SCHEMES, context(), 72) == measured
+    assert divergences(module, groups, SCHEMES, to_nearest(module), context(), 72) == measured
     assert len(ran) == 2 + 3  # to find the blocks, and as they are
 
 
 def test_a_killed_measurement_goes_on_with_the_group_where_it_was(tiny_llama, tmp_path):
-    whole = divergences(tiny_llama().module, fused(tiny_llama().module), SCHEMES, context(), 72)
+    fresh = tiny_llama().module
+    whole = divergences(fresh, fused(fresh), SCHEMES, to_nearest(fresh), context(), 72)
 
     class Killed(Exception):
         pass
@@ -199,13 +202,29 @@ def test_a_killed_measurement_goes_on_with_the_group_where_it_was(tiny_llama, tm
     module = tiny_llama().module
     dying = TransformContext(die, calibration(), Checkpoint(tmp_path))
     with pytest.raises(Killed):
-        divergences(module, fused(module), SCHEMES, dying, 72)
+        divergences(module, fused(module), SCHEMES, to_nearest(module), dying, 72)
     for name, tensor in module.state_dict().items():
         assert torch.equal(tensor, tiny_llama().module.state_dict()[name])
     told = []
-    resumed = divergences(module, fused(module), SCHEMES, context(Checkpoint(tmp_path), told), 72)
+    resumed = divergences(module, fused(module), SCHEMES, to_nearest(module), context(Checkpoint(tmp_path), told), 72)
     assert resumed == whole
     assert [news[0] for news in told] == list(range(27, 72))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_candidates_of_gptq_are_its_weights_for_exact_inputs(tiny_llama, symmetric):
+    schemes = [WeightScheme(bits, 32, symmetric) for bits in (3, 4)]
+    module = tiny_llama().module
+    names = [name for names in fused(module) for name in names]
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    rounding = by_gptq(module, names, schemes, context(), keep_zeros=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+    for scheme in schemes:
+        own = GPTQ(bits=scheme.bits, granularity="group", group_size=32, symmetric=symmetric)
+        module = own.apply(tiny_llama(), context()).module
+        for name in names[:3]:  # what comes later has other inputs there
+            assert torch.equal(rounding(name, scheme), module.get_submodule(name).dequantized())
+        assert not torch.equal(rounding(names[-1], scheme), module.get_submodule(names[-1]).dequantized())
 
 
 def test_no_data_is_refused(tiny_llama):
