@@ -7,5 +7,6 @@ from optkit.hookspecs import Registration, hookimpl
 def register_backends() -> Registration:
     return {
         "torch": "optkit_backends.torch:Torch",
+        "torchscript": "optkit_backends.torchscript:TorchScript",
         "onnxruntime": "optkit_backends.onnxruntime:OnnxRuntime",
     }

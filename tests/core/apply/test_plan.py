@@ -77,7 +77,7 @@ def test_no_weights_are_read_and_no_runtime_is_imported(desk, tmp_path):
         "heavy = {'torch', 'transformers', 'onnx', 'onnxruntime', 'compressed_tensors'} & sys.modules.keys()\n"
         "assert not heavy, heavy\n"
     )
-    for backend in ("torch", "onnxruntime"):
+    for backend in ("torch", "torchscript", "onnxruntime"):
         recipe = desk.recipe(model={"hf": {"model": str(model)}}, backend=backend)
         done = subprocess.run([sys.executable, "-c", script, recipe], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr

@@ -12,11 +12,12 @@ from optkit.steps import Limits, Row, StepPlan
 from optkit.weights import load_folder, save_folder
 from optkit_backends.onnxruntime import OnnxRuntime
 from optkit_backends.torch import Torch
+from optkit_backends.torchscript import TorchScript
 from optkit_quantize.rtn import RTN
 from tests.calibrating import context, texts
 from tests.shaping import behead, encoder_block, factored, narrow
 
-BACKENDS = [Torch(), OnnxRuntime(accuracy_level=1)]
+BACKENDS = [Torch(), OnnxRuntime(accuracy_level=1), TorchScript()]
 TOKENS = tuple(range(7, 47))
 
 

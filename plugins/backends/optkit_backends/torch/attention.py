@@ -20,7 +20,7 @@ from optkit.kv import compress, decompress
 from optkit.steps import Row
 from optkit_backends.torch.pool import BLOCK_SIZE, Pool
 
-__all__ = ["PAGED", "Attention", "PagedAttention"]
+__all__ = ["PAGED", "Attention", "PagedAttention", "kept", "read"]
 
 PAGED = "optkit_paged"
 """The name of the attention function. There is no mask function of this name, so transformers makes no mask."""
@@ -96,8 +96,8 @@ class PagedAttention:
         """`[tokens, heads, value_dim]` for `query`, `key` and `value` of `[heads, tokens, dim]`."""
         layer: Any = module.layer_idx
         keys, values = self._pool.keys[layer], self._pool.values[layer]
-        keys.index_copy_(1, self._written, _kept(module, "k_scale", key))
-        values.index_copy_(1, self._written, _kept(module, "v_scale", value))
+        keys.index_copy_(1, self._written, kept(module, "k_scale", key))
+        values.index_copy_(1, self._written, kept(module, "v_scale", value))
         (heads, tokens, _), shared = query.shape, len(keys)
         query = query.view(shared, heads // shared, tokens, -1)
         output = query.new_empty(tokens, heads, values.shape[-1])
@@ -105,8 +105,8 @@ class PagedAttention:
         if window not in self._parts:
             self._parts[window] = self._plan(window)
         for part in self._parts[window]:
-            seen = _read(module, "k_scale", keys.index_select(1, part.places))
-            content = _read(module, "v_scale", values.index_select(1, part.places))
+            seen = read(module, "k_scale", keys.index_select(1, part.places))
+            content = read(module, "v_scale", values.index_select(1, part.places))
             if isinstance(part, _Decoding):
                 rows = len(part.tokens)
                 found = scaled_dot_product_attention(
@@ -174,16 +174,21 @@ class PagedAttention:
         return self._table[rows, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
 
 
-def _kept(module: Any, scale: str, given: Tensor) -> Tensor:
+def kept(module: Any, scale: str, given: Tensor) -> Tensor:
     """Keys or values `[heads, tokens, dim]` as the pool holds them."""
     scheme = getattr(module, "cache_scheme", None)
-    return given if scheme is None else compress(given, getattr(module, scale), scheme).view(torch.int8)
+    return given if scheme is None else _as(compress(given, getattr(module, scale), scheme), torch.int8)
 
 
-def _read(module: Any, scale: str, held: Tensor) -> Tensor:
+def read(module: Any, scale: str, held: Tensor) -> Tensor:
     """The floats that some of the pool stands for."""
     scheme = getattr(module, "cache_scheme", None)
-    return held if scheme is None else decompress(held.view(scheme.dtype), getattr(module, scale))
+    return held if scheme is None else decompress(_as(held, scheme.dtype), getattr(module, scale))
+
+
+def _as(held: Tensor, dtype: torch.dtype) -> Tensor:
+    # Only where it must: TorchScript cannot record a view of another dtype.
+    return held if held.dtype is dtype else held.view(dtype)
 
 
 def _mask(visible: npt.NDArray[np.bool_]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from optkit.errors import RecipeError
 from optkit_backends.torch.attention import PAGED
 from optkit_backends.torch.pool import LayerShape
 
-__all__ = ["paged_layers"]
+__all__ = ["Paged", "page"]
 
 # What attention layers pass that paged attention honours or that changes nothing here, by name.
 HONOURED = frozenset(
@@ -33,16 +34,39 @@ LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
 CHANGING_ROPE = frozenset({"dynamic", "longrope"})
 
 
-def paged_layers(module: Any, max_length: int, folder: Path) -> list[LayerShape]:
+@dataclass(frozen=True, slots=True)
+class Paged:
+    """What paged attention needs to know of a model."""
+
+    layers: list[LayerShape]
+    """What each layer keeps of a token, in order."""
+    windows: list[int | None]
+    """Of each layer: how many of the last tokens it sees; None for all."""
+    longest: int | None
+    """Tokens beyond which rotary angles change with the other texts of a step; None where they never do."""
+
+    def check(self, max_length: int, where: Path) -> None:
+        """Check that sequences of `max_length` tokens do not depend on others, in the model at `where`.
+
+        Raises:
+            RecipeError: they would.
+        """
+        if self.longest is not None and max_length > self.longest:
+            raise RecipeError(
+                f"rotary angles would change with the other texts of a step beyond {self.longest} tokens, which this"
+                " backend does not allow",
+                where=str(where),
+                found=max_length,
+                remedy=f"set max_length to {self.longest} or less",
+            )
+
+
+def page(module: Any, where: str) -> Paged:
     """Switch a causal language model to paged attention.
 
     Args:
         module: a transformers module, changed in place.
-        max_length: tokens of one sequence.
-        folder: where the model comes from, for errors.
-
-    Returns:
-        What each layer keeps of a token, in order.
+        where: it comes from, for errors.
 
     Raises:
         RecipeError: the model does more than paged attention can, or keeps other state between steps.
@@ -60,32 +84,27 @@ def paged_layers(module: Any, max_length: int, folder: Path) -> list[LayerShape]
                 paged=probe,
             ).logits
     except TypeError as error:  # some class on the way takes no such argument
-        raise _refused(folder, f"does not pass its options on to attention ({error})") from error
+        raise _refused(where, f"does not pass its options on to attention ({error})") from error
     count = config.num_hidden_layers
     if sorted(probe.layers) != list(range(count)):
         found = len(probe.layers)
-        raise _refused(folder, f"has {count} layers of which {found} use transformers' attention interface")
+        raise _refused(where, f"has {count} layers of which {found} use transformers' attention interface")
     if probe.unknown:
-        raise _refused(folder, f"needs attention with {', '.join(sorted(probe.unknown))}")
+        raise _refused(where, f"needs attention with {', '.join(sorted(probe.unknown))}")
     if logits.shape[1] != 1:
-        raise _refused(folder, "cannot leave out logits")
+        raise _refused(where, "cannot leave out logits")
     for layer, kind in enumerate(getattr(config, "layer_types", None) or ()):
         if kind not in LAYER_TYPES or (kind == "sliding_attention" and probe.windows[layer] is None):
-            raise _refused(folder, f"needs attention of the type {kind}")
+            raise _refused(where, f"needs attention of the type {kind}")
     rope = getattr(config, "rope_parameters", None) or {}
-    for entry in (rope, *(value for value in rope.values() if isinstance(value, dict))):
-        if entry.get("rope_type") not in CHANGING_ROPE:
-            continue
-        known = entry.get("original_max_position_embeddings") or config.max_position_embeddings
-        if max_length > known:
-            raise RecipeError(
-                f"rotary angles of the type {entry['rope_type']} change with the other texts of a step beyond {known}"
-                " tokens, which the torch backend does not allow",
-                where=str(folder),
-                found=max_length,
-                remedy=f"set max_length to {known} or less",
-            )
-    return [probe.layers[layer] for layer in range(count)]
+    known = [
+        entry.get("original_max_position_embeddings") or config.max_position_embeddings
+        for entry in (rope, *(value for value in rope.values() if isinstance(value, dict)))
+        if entry.get("rope_type") in CHANGING_ROPE
+    ]
+    order = range(count)
+    layers, windows = [probe.layers[layer] for layer in order], [probe.windows[layer] for layer in order]
+    return Paged(layers, windows, min(known, default=None))
 
 
 class _Probe:
@@ -108,9 +127,9 @@ class _Probe:
         return value.new_zeros(query.shape[1], len(query), value.shape[-1])
 
 
-def _refused(folder: Path, reason: str) -> RecipeError:
+def _refused(where: str, reason: str) -> RecipeError:
     return RecipeError(
-        f"the torch backend runs causal attention with or without a window, and this model {reason}",
-        where=str(folder),
+        f"this backend runs causal attention with or without a window, and this model {reason}",
+        where=where,
         remedy="choose another backend",
     )

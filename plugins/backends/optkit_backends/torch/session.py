@@ -20,7 +20,7 @@ from optkit_backends.room import blocks_that_fit
 from optkit_backends.torch.attention import Attention, PagedAttention
 from optkit_backends.torch.dense import make_dense
 from optkit_backends.torch.pool import BLOCK_SIZE, Pool
-from optkit_backends.torch.probe import paged_layers
+from optkit_backends.torch.probe import page
 
 __all__ = ["TorchSession"]
 
@@ -36,16 +36,17 @@ class TorchSession(TokenSession):
         module: Any = load_folder(weights).module
         make_dense(module)
         stop_rounding(module)
-        layers = paged_layers(module, limits.max_length, weights)
+        paged = page(module, str(weights))
+        paged.check(limits.max_length, weights)
         tokens = limits.kv_cache_tokens
         each = -(-limits.max_length // BLOCK_SIZE)
         blocks = blocks_that_fit(
             limits,
             wanted=limits.max_batch_size * each if tokens is None else -(-tokens // BLOCK_SIZE),
             block_size=BLOCK_SIZE,
-            block_bytes=sum(layer.block_bytes for layer in layers),
+            block_bytes=sum(layer.block_bytes for layer in paged.layers),
         )
-        self._module, self._pool = module, Pool(layers, blocks)
+        self._module, self._pool = module, Pool(paged.layers, blocks)
         self.caps = Caps(
             kv="paged",
             block_size=BLOCK_SIZE,
