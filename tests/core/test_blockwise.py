@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from optkit.blockwise import walk
@@ -32,9 +33,18 @@ def coarse(layer: nn.Linear, *, activations: bool = False) -> QuantizedLinear:
     return QuantizedLinear(weight, scale, None, layer.bias, WeightScheme(4, None, True), rounded, step)
 
 
-@pytest.mark.parametrize("kind", ["llama", "bert"])
+def tiny_mpnet() -> nn.Module:
+    """Its blocks give tuples."""
+    torch.manual_seed(0)
+    config = transformers.MPNetConfig(
+        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
+    )
+    return transformers.MPNetModel(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert", "mpnet"])
 def test_the_blocks_and_what_is_around_them_compute_what_the_model_does(kind, tiny_llama, tiny_bert):
-    module = (tiny_llama if kind == "llama" else tiny_bert)().module
+    module = tiny_mpnet() if kind == "mpnet" else (tiny_llama if kind == "llama" else tiny_bert)().module
     calibration = texts(12, 20, 7)
     expected = outputs(module, calibration)
     seen: dict[str, torch.Tensor] = {}

@@ -10,6 +10,7 @@ arXiv:2210.17323, section 4).
             replace_module(model.module, name, ...)
 """
 
-from optkit.blockwise.walking import Block, Call, blocks_of, output_of, patched, walk
+from optkit.blockwise.stacks import Stack, output_of, patched, stack_of
+from optkit.blockwise.walking import Block, Call, walk
 
-__all__ = ["Block", "Call", "blocks_of", "output_of", "patched", "walk"]
+__all__ = ["Block", "Call", "Stack", "output_of", "patched", "stack_of", "walk"]

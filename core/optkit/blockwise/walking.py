@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from optkit.blockwise.kept import keep, resumed
+from optkit.blockwise.stacks import Stack, first_of, forward, output_of, patched, removed, stack_of
 from optkit.errors import OptkitError
 from optkit.transforms import TransformContext
 
-__all__ = ["Block", "Call", "blocks_of", "output_of", "patched", "walk"]
+__all__ = ["Block", "Call", "walk"]
 
 _DONE = "done"
 
@@ -62,7 +63,7 @@ class Block:
 
         with ExitStack() as hooks:
             for name in names:
-                hooks.enter_context(_removed(self._root.get_submodule(name).register_forward_pre_hook(hook(name))))
+                hooks.enter_context(removed(self._root.get_submodule(name).register_forward_pre_hook(hook(name))))
             for _ in self.run():
                 pass
 
@@ -80,7 +81,7 @@ class Block:
             found.append(Call(args, dict(kwargs)))
 
         with (
-            _removed(self._root.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)),
+            removed(self._root.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True)),
             torch.no_grad(),
         ):
             for run in self._runs[::step]:
@@ -110,12 +111,13 @@ def walk(module: nn.Module, context: TransformContext, names: Collection[str]) -
     batches = context.calibration.inputs
     if not batches:
         raise OptkitError("there is no calibration data", remedy="give it in TransformContext.calibration")
-    blocks = blocks_of(module, batches[0])
+    stack = stack_of(module, batches[0])
+    blocks = stack.blocks
     within = {path: [name for name in names if name == path or name.startswith(f"{path}.")] for path in blocks}
     around = [name for name in names if not any(name in inside for inside in within.values())]
     total = sum(1 for inside in within.values() if inside) + bool(around)
     done = 0
-    calls = _entries(module, list(blocks.values()), batches) if blocks else []
+    calls = _entries(module, stack, batches) if blocks else []
     hidden: list[Tensor] = [call.args[0] for call in calls[0]] if blocks else []
     finished, hidden = resumed(blocks, hidden, context)
     # Nothing reads what a block gives if no chosen layer comes after it.
@@ -141,7 +143,7 @@ def walk(module: nn.Module, context: TransformContext, names: Collection[str]) -
     if around:
         path = "around the blocks" if blocks else "the model"
         runs = [
-            _whole_run(module, list(blocks.values()), batch, i, hidden, context.device)
+            _whole_run(module, stack, batch, hidden[i] if blocks else None, context.device)
             for i, batch in enumerate(batches)
         ]
         _move_around(module, blocks.values(), context.device)
@@ -171,28 +173,27 @@ class _Told:
 def _block_run(block: nn.Module, call: Call, hidden: Tensor, device: str) -> Callable[[], Tensor]:
     def run() -> Tensor:
         moved = call.moved(device)
-        return _first(block(hidden.to(device), *moved.args[1:], **moved.kwargs))
+        return first_of(block(hidden.to(device), *moved.args[1:], **moved.kwargs))
 
     return run
 
 
 def _whole_run(
-    module: nn.Module,
-    blocks: Sequence[nn.Module],
-    batch: Mapping[str, Tensor],
-    index: int,
-    hidden: Sequence[Tensor],
-    device: str,
+    module: nn.Module, stack: Stack, batch: Mapping[str, Tensor], hidden: Tensor | None, device: str
 ) -> Callable[[], Tensor]:
-    """Run the model with the blocks' outputs in the place of its blocks."""
+    """Run the model with the output of its blocks in the place of these."""
+
+    def skip(*args: Any, **_: Any) -> Any:
+        return stack.given(args[0])
+
+    def give(*_: Any, **__: Any) -> Any:
+        assert hidden is not None
+        return stack.given(hidden.to(device))
 
     def run() -> Tensor:
         with ExitStack() as patches:
-            for position, block in enumerate(blocks):
-                given = hidden[index].to(device) if position == len(blocks) - 1 else None
-                patches.enter_context(
-                    patched(block, lambda *args, _given=given, **_: args[0] if _given is None else _given)
-                )
+            for left, block in enumerate(reversed(stack.blocks.values())):
+                patches.enter_context(patched(block, skip if left else give))
             return output_of(module, _moved(dict(batch), device))
 
     return run
@@ -203,93 +204,33 @@ def _run(run: Callable[[], Tensor]) -> Tensor:
         return run()
 
 
-def blocks_of(module: nn.Module, batch: Mapping[str, Tensor]) -> dict[str, nn.Module]:
-    """Paths and modules of a model's blocks, in order: those of its largest `ModuleList`.
-
-    Empty if one of them does not get the output of the one before.
-
-    Args:
-        module: the model.
-        batch: what to run it on; only the start of a text is used.
-    """
-    lists = {path: found for path, found in module.named_modules() if isinstance(found, nn.ModuleList) and len(found)}
-    if not lists:
-        return {}
-    path = max(lists, key=lambda path: sum(parameter.numel() for parameter in lists[path].parameters()))
-    blocks = {f"{path}.{index}" if path else str(index): block for index, block in enumerate(lists[path])}
-    gave: list[Any] = []
-    follows: list[bool] = []
-
-    def before(_: nn.Module, args: tuple[Any, ...]) -> None:
-        follows.append(bool(args) and (args[0] is gave[-1] if gave else isinstance(args[0], Tensor)))
-
-    def after(_: nn.Module, __: Any, output: Any) -> None:
-        gave.append(_first(output) if isinstance(output, Tensor | tuple) else None)
-
-    # A few tokens are enough to see who follows whom.
-    short = {name: value[:1, :8] if name in ("input_ids", "attention_mask") else value for name, value in batch.items()}
-    order: list[nn.Module] = []
-    with ExitStack() as hooks:
-        for block in blocks.values():
-            hooks.enter_context(_removed(block.register_forward_pre_hook(before)))
-            hooks.enter_context(_removed(block.register_forward_hook(after)))
-            hooks.enter_context(_removed(block.register_forward_pre_hook(lambda m, _: order.append(m))))
-        with torch.no_grad():
-            _forward(module, short)
-    return blocks if all(follows) and order == list(blocks.values()) else {}
-
-
 class _Reached(Exception):
     """The last block was called: nobody needs the rest of the model."""
 
 
-def _entries(
-    module: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Mapping[str, Tensor]]
-) -> list[list[Call]]:
+def _entries(module: nn.Module, stack: Stack, batches: Sequence[Mapping[str, Tensor]]) -> list[list[Call]]:
     """How each block is called for each batch, `[block][batch]`; only block 0 keeps hidden states."""
-    calls: list[list[Call]] = [[] for _ in blocks]
+    calls: list[list[Call]] = [[] for _ in stack.blocks]
 
     def entry(index: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             # Blocks after the first would each hold the same hidden states.
             calls[index].append(Call(args if index == 0 else (None, *args[1:]), kwargs))
-            if index == len(blocks) - 1:
+            if index == len(calls) - 1:
                 raise _Reached
-            return args[0]
+            return stack.given(args[0])
 
         return forward
 
     with ExitStack() as patches, torch.no_grad():
-        for index, block in enumerate(blocks):
+        for index, block in enumerate(stack.blocks.values()):
             patches.enter_context(patched(block, entry(index)))
         for batch in batches:
             try:
-                _forward(module, batch)
+                forward(module, batch)
             except _Reached:
                 continue
     return calls
-
-
-def output_of(module: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """The main tensor that a model gives for a batch, logits or hidden states for example.
-
-    Args:
-        module: the model.
-        batch: keyword arguments of its `forward`, as in `Calibration.inputs`, on its device.
-    """
-    return _first(_forward(module, batch))
-
-
-def _forward(module: nn.Module, batch: Mapping[str, Any]) -> Any:
-    # Transformers' models would fill a KV cache that nobody reads.
-    extra = {"use_cache": False} if hasattr(module, "config") else {}
-    return module(**batch, **extra)
-
-
-def _first(output: Any) -> Tensor:
-    """The main tensor of what a module gives: itself, or the first of a tuple or of transformers' output classes."""
-    found: Tensor = output if isinstance(output, Tensor) else output[0]
-    return found
 
 
 def _finite(hidden: Tensor, path: str) -> Tensor:
@@ -323,25 +264,3 @@ def _move_around(module: nn.Module, blocks: Iterable[nn.Module], device: str) ->
                 parameter.data = parameter.data.to(device)
             for name, buffer in list(part.named_buffers(recurse=False)):
                 setattr(part, name, buffer.to(device))
-
-
-@contextmanager
-def _removed(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def patched(module: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    """A module with another `forward` for a while."""
-    own = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own

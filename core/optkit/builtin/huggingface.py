@@ -287,7 +287,9 @@ def _cached(shapes: Shapes) -> int:
 
 
 def _is_linear(name: str, shape: tuple[int, ...]) -> bool:
-    return len(shape) == 2 and name.endswith(".weight") and "embed" not in name.rpartition(".")[0].rpartition(".")[2]
+    own = name.rpartition(".")[0].rpartition(".")[2]
+    # Embeddings, and MPNet's and T5's tables of what distances between tokens add to scores.
+    return len(shape) == 2 and name.endswith(".weight") and "embed" not in own and own != "relative_attention_bias"
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -18,6 +18,7 @@ from optkit_prune.patterns import QUANTIZED
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from optkit.blockwise import Stack
     from optkit.checkpoints import Checkpoint
 
 __all__ = ["Layers"]
@@ -105,13 +106,14 @@ class Layers(Transform):
     def apply(self, model: Model, context: TransformContext) -> Model:
         import torch
 
-        from optkit.blockwise import blocks_of
+        from optkit.blockwise import stack_of
 
         module: Any = model.module
         batches = context.calibration.inputs
         if not batches:
             raise OptkitError("there is no calibration data", remedy="give it in TransformContext.calibration")
-        blocks = blocks_of(module, batches[0])
+        found = stack_of(module, batches[0])
+        blocks = found.blocks
         if not blocks or getattr(getattr(module, "config", None), "num_hidden_layers", None) != len(blocks):
             raise OptkitError("has no list of blocks that follow each other, of which some could go", where="the model")
         count = self._count(len(blocks))
@@ -119,14 +121,14 @@ class Layers(Transform):
         module.to(context.device)
         try:
             with torch.no_grad():
-                stack = _Stack(module, list(blocks.values()), context.device, start)
+                stack = _Stack(module, found, context.device)
                 gone = self._chosen(stack, count, context)
                 expected = stack.output(start, gone)
                 _remove(module, list(blocks), gone)
-                found = stack.output(start, ())
+                after = stack.output(start, ())
         finally:
             module.to("cpu")
-        if not torch.allclose(found, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())):
+        if not torch.allclose(after, expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())):
             what = "without some blocks, the others do not compute what they did: they depend on their number"
             raise OptkitError(what, where=f"arch {module.config.model_type}", remedy="prune another way")
         told = f"removed {', '.join(map(str, sorted(gone)))} of {len(blocks)} blocks"
@@ -183,10 +185,9 @@ class Layers(Transform):
 class _Stack:
     """A model of blocks, some of which may be skipped, on its device."""
 
-    def __init__(self, module: nn.Module, blocks: Sequence[nn.Module], device: str, batch: Batch) -> None:
-        self._module, self._blocks, self._device = module, blocks, device
-        self._tuples = False
-        self.hidden(batch, ())  # says whether blocks give tuples, as skipped ones then have to
+    def __init__(self, module: nn.Module, stack: Stack, device: str) -> None:
+        self._module, self._stack, self._device = module, stack, device
+        self._blocks = list(stack.blocks.values())
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -196,10 +197,10 @@ class _Stack:
         from optkit.blockwise import output_of, patched
 
         def skip(*args: Any, **_: Any) -> Any:
-            return (args[0],) if self._tuples else args[0]
+            return self._stack.given(args[0])
 
         def give(*_: Any, **__: Any) -> Any:
-            return (hidden,) if self._tuples else hidden
+            return self._stack.given(hidden)
 
         with ExitStack() as patches:
             for index, block in enumerate(self._blocks):
@@ -218,8 +219,7 @@ class _Stack:
             seen.append(args[0])
 
         def after(_: nn.Module, __: Any, output: Any) -> None:
-            self._tuples = isinstance(output, tuple)
-            seen.append(output[0] if self._tuples else output)
+            seen.append(output[0] if self._stack.tuples else output)
 
         with ExitStack() as hooks:
             for block in self._blocks:

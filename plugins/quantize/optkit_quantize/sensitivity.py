@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from optkit.blockwise import walk
-from optkit.calibration import Calibration
-from optkit.checkpoints import Checkpoint
+from optkit.blockwise import Stack, patched, stack_of
 from optkit.errors import OptkitError
 from optkit.transforms import TransformContext
 from optkit_quantize.candidates import Rounding
@@ -59,7 +57,7 @@ def divergences(
     batches = _pieces(context.calibration.inputs, tokens)
     for name in (name for names in groups for name in names):
         grouped(_weight(module, name), schemes[0], name=name)  # refuses what is not finite, by its own name
-    stack = _stack(module, batches[0], [name for names in groups for name in names])
+    stack = stack_of(module, batches[0])
     found = context.checkpoint.load(_KEPT)
     measured: list[list[float]] = [] if found is None else found[1]["divergences"]
     if len(measured) == len(groups):
@@ -80,7 +78,7 @@ def divergences(
                     for index, batch in enumerate(batches):
                         context.progress(done + index, total, what)
                         given = hidden[start][index] if start else None
-                        sums.append(_divergence(expected[index], _logits(module, stack[:start], given, batch)))
+                        sums.append(_divergence(expected[index], _logits(module, stack, start, given, batch)))
                 # Rounding in the sums may take it a hair below zero.
                 row.append(max(sum(sums) / sum(len(rows) for rows in expected), 0.0))
             measured.append(row)
@@ -104,33 +102,23 @@ def _weight(module: nn.Module, name: str) -> Tensor:
     return weight
 
 
-def _stack(module: nn.Module, batch: Mapping[str, Tensor], names: Sequence[str]) -> list[tuple[str, Any]]:
-    """Paths and modules of all blocks, in order; empty if the model has none that follow each other."""
-    short = {name: value[:, :8] for name, value in batch.items()}
-    probe = TransformContext(lambda *_: None, Calibration((short,)), Checkpoint())
-    path = next(walk(module, probe, names)).path
-    if not path:
-        return []
-    parent = path.rpartition(".")[0]
-    return [(f"{parent}.{name}", block) for name, block in module.get_submodule(parent).named_children()]
-
-
 def _reference(
-    module: nn.Module, stack: Sequence[tuple[str, Any]], batches: Sequence[Mapping[str, Tensor]]
+    module: nn.Module, stack: Stack, batches: Sequence[Mapping[str, Tensor]]
 ) -> tuple[list[list[Tensor]], list[Tensor]]:
     """What goes into each block, and at last comes out, `[block][batch]`, and the log-probabilities of each batch."""
-    hidden: list[list[Tensor]] = [[] for _ in range(len(stack) + 1)]
+    blocks = list(stack.blocks.values())
+    hidden: list[list[Tensor]] = [[] for _ in range(len(blocks) + 1)]
     with ExitStack() as hooks:
-        for index, (_, block) in enumerate(stack):
+        for index, block in enumerate(blocks):
             kept = hidden[index]
             handle = block.register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0]))
             hooks.callback(handle.remove)
-        if stack:
-            handle = stack[-1][1].register_forward_hook(
+        if blocks:
+            handle = blocks[-1].register_forward_hook(
                 lambda _, __, output: hidden[-1].append(output if isinstance(output, Tensor) else output[0])
             )
             hooks.callback(handle.remove)
-        expected = [_logits(module, (), None, batch).float().log_softmax(-1) for batch in batches]
+        expected = [_logits(module, stack, 0, None, batch).float().log_softmax(-1) for batch in batches]
     if not all(rows.isfinite().all() for rows in expected):
         raise OptkitError(
             "the model's predictions on the calibration data are not finite",
@@ -139,37 +127,37 @@ def _reference(
     return hidden, expected
 
 
-def _start(module: Any, stack: Sequence[tuple[str, Any]], names: Sequence[str]) -> int:
+def _start(module: Any, stack: Stack, names: Sequence[str]) -> int:
     """The first block whose output depends on one of these layers; their number if only what follows them does."""
     starts = []
     for name in names:
         weight = _weight(module, name)
-        inside = [index for index, (path, _) in enumerate(stack) if name == path or name.startswith(f"{path}.")]
+        inside = [index for index, path in enumerate(stack.blocks) if name == path or name.startswith(f"{path}.")]
         head = module.get_output_embeddings()
         read_early = any(isinstance(part, nn.Embedding) and part.weight is weight for part in module.modules())
         if inside:
             starts.append(inside[0])
         elif head is not None and head.weight is weight and not read_early:
-            starts.append(len(stack))
+            starts.append(len(stack.blocks))
         else:
             starts.append(0)
     return min(starts)
 
 
-def _logits(
-    module: nn.Module, passed: Sequence[tuple[str, Any]], given: Tensor | None, batch: Mapping[str, Tensor]
-) -> Tensor:
-    """The model's logits, `[tokens, vocabulary]`, where the blocks `passed` are not run and the last gives `given`."""
+def _logits(module: nn.Module, stack: Stack, passed: int, given: Tensor | None, batch: Mapping[str, Tensor]) -> Tensor:
+    """The model's logits, `[tokens, vocabulary]`, where the first blocks are `passed` and the last of them gives
+    `given`.
+    """
 
     def skip(*args: Any, **_: Any) -> Any:
-        return args[0]
+        return stack.given(args[0])
 
     def give(*_: Any, **__: Any) -> Any:
-        return given
+        return stack.given(given)
 
     with ExitStack() as patches, torch.no_grad():
-        for index, (_, block) in enumerate(passed):
-            patches.enter_context(_patched(block, give if index == len(passed) - 1 else skip))
+        for index, block in enumerate(list(stack.blocks.values())[:passed]):
+            patches.enter_context(patched(block, give if index == passed - 1 else skip))
         logits: Tensor = module(**batch, use_cache=False).logits
     return logits[0]
 
@@ -191,16 +179,3 @@ def _rounded(module: nn.Module, names: Sequence[str], scheme: WeightScheme, roun
     finally:
         for name, weight in weights.items():
             weight.data = exact[name]
-
-
-@contextmanager
-def _patched(block: Any, forward: Callable[..., Any]) -> Iterator[None]:
-    own = block.__dict__.get("forward")
-    block.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del block.forward
-        else:
-            block.forward = own

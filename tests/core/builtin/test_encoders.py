@@ -7,9 +7,12 @@ import shutil
 
 import pytest
 import torch
+import transformers
 
 from optkit.builtin.huggingface import HuggingFace
 from optkit.errors import DamagedError, OptkitError, RecipeError
+from optkit.model import Model
+from optkit.weights import save_folder
 
 
 @pytest.fixture
@@ -38,6 +41,26 @@ def test_a_card_says_what_the_loaded_model_is(folder):
         "sentence_bert_config.json",
         "config_sentence_transformers.json",
     }
+
+
+WIDTHS = {"vocab_size": 300, "max_position_embeddings": 80}
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64, **WIDTHS}
+OTHERS = {
+    "mpnet": lambda: transformers.MPNetConfig(**SIZES),
+    "xlm-roberta": lambda: transformers.XLMRobertaConfig(**SIZES),
+    "distilbert": lambda: transformers.DistilBertConfig(dim=32, n_layers=2, n_heads=4, hidden_dim=64, **WIDTHS),
+    "modernbert": lambda: transformers.ModernBertConfig(**SIZES, pad_token_id=0),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_the_linear_layers_of_other_architectures_are_those_of_the_module(kind, tiny_bert, tmp_path):
+    module = transformers.AutoModel.from_config(OTHERS[kind]())
+    save_folder(Model(module.eval(), tiny_bert().tokenizer, frozenset(), {}), tmp_path)
+    card = HuggingFace(model=str(tmp_path)).inspect()
+    linears = {n: tuple(m.weight.shape) for n, m in module.named_modules() if isinstance(m, torch.nn.Linear)}
+    assert dict(card.linears) == linears
+    assert f"arch:{kind}" in card.tags
 
 
 def test_the_length_is_the_smaller_of_positions_and_training_or_the_tokenizers(folder):
