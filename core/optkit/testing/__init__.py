@@ -1,6 +1,7 @@
-"""What authors of plugins test with: fakes that keep state."""
+"""What authors of plugins test with: checks, and fakes that keep state."""
 
+from optkit.testing.backends import check_backend
 from optkit.testing.batching import FakeMemory, FakeRequest, FakeSequence, decoding
 from optkit.testing.sessions import ScriptedSession
 
-__all__ = ["FakeMemory", "FakeRequest", "FakeSequence", "ScriptedSession", "decoding"]
+__all__ = ["FakeMemory", "FakeRequest", "FakeSequence", "ScriptedSession", "check_backend", "decoding"]
