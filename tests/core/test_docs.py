@@ -11,8 +11,13 @@ from pathlib import Path
 import pytest
 
 from optkit import hookspecs
+from optkit.errors import DamagedError
 from optkit.options import Options
 from optkit.plugins import Plugins
+from optkit.steps import Limits
+from optkit.testing import check_backend
+from optkit.transforms import TransformContext
+from optkit_quantize.rtn import RTN
 
 ROOT = Path(__file__).parents[2]
 PLUGINS = Plugins.load(third_party=False)
@@ -57,17 +62,33 @@ def test_links_between_pages_lead_somewhere(page):
     assert [link for link in links if not (page.parent / link).exists()] == []
 
 
-def test_the_guides_example_is_a_plugin(generator, tiny_llama):
-    source = next(
-        block for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs/plugins.md").read_text(), re.DOTALL)
-    )
-    namespace = type(sys)("optkit_clip")
-    exec(source, namespace.__dict__)
+def example(page, name):
+    """The first Python of a page as a module, its source, and the plugins that it brings."""
+    source = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)[0]
+    module = type(sys)(name)
+    exec(source, module.__dict__)
     plugins = Plugins()
-    plugins.register(namespace, "clip")
-    clip = plugins.get("transform", "clip")(limit=0.05)
-    from optkit.transforms import TransformContext
+    plugins.register(module, name)
+    return source, plugins
 
+
+def test_the_guides_example_is_a_backend(tiny_bert, tiny_llama, tmp_path):
+    source, plugins = example("docs/backends.md", "exported")
+    assert source.count("\n") < 100
+    backend = plugins.get("backend", "exported")()
+    check_backend(backend, tiny_bert())
+    quantized = RTN(bits=8).apply(tiny_bert(), TransformContext(progress=lambda *_: None))
+    check_backend(backend, quantized)
+    with pytest.raises(AssertionError, match="cannot run task:causal-lm: only encoders run on it"):
+        check_backend(backend, tiny_llama())
+    (tmp_path / "encoder.pt2").write_bytes(b"not a program")
+    with pytest.raises(DamagedError, match=r"cannot load it; compile it again"):
+        backend.open(tmp_path, tmp_path, Limits(1, 8))
+
+
+def test_the_guides_example_is_a_plugin(generator, tiny_llama):
+    _, plugins = example("docs/plugins.md", "clip")
+    clip = plugins.get("transform", "clip")(limit=0.05)
     model = clip.apply(tiny_llama(), TransformContext(progress=lambda *_: None))
     assert "weights-clipped" in model.tags
     assert model.module.model.layers[0].mlp.up_proj.weight.abs().max() == pytest.approx(0.05)
