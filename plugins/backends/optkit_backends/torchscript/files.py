@@ -14,7 +14,7 @@ import torch
 from optkit.errors import DamagedError
 from optkit_backends.recorded import Recorded
 
-__all__ = ["ARCHIVE", "DecoderFacts", "TensorFacts", "load", "quiet"]
+__all__ = ["ARCHIVE", "DecoderFacts", "TensorFacts", "load", "quiet", "running"]
 
 ARCHIVE = "model.pt"
 
@@ -74,6 +74,15 @@ def load(directory: Path, written_by: str) -> Any:
             where=str(file),
             remedy=f"compile it again, or use torch {written_by}, which wrote it",
         ) from error
+
+
+@contextmanager
+def running() -> Iterator[None]:
+    """Runs archives as they are frozen. What torch.jit would do to them at their second run takes 5 s for
+    SmolLM2-135M's, and gains nothing: the operators are the same.
+    """
+    with torch.inference_mode(), torch.jit.optimized_execution(False):  # type: ignore[attr-defined]  # not in its __all__
+        yield
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from optkit.errors import RecipeError
 from optkit.steps import Caps, KernelTime, Limits, Row, StepPlan, StepResult
 from optkit_backends.room import blocks_that_fit
 from optkit_backends.torch.pool import BLOCK_SIZE, LayerShape, Pool
-from optkit_backends.torchscript.files import DecoderFacts, load
+from optkit_backends.torchscript.files import DecoderFacts, load, running
 from optkit_backends.torchscript.steps import Launch, launches
 
 __all__ = ["TorchScriptSession"]
@@ -69,7 +69,7 @@ class TorchScriptSession(TokenSession):
 
     def _run(self, rows: Sequence[Row]) -> dict[int, Floats]:
         launch = Launch.of(rows, self._facts.windows)
-        with torch.inference_mode():
+        with running():
             (found,) = self._module(*launch.tensors, *self._cache)
         array, ends = found.numpy(), np.cumsum([len(row.wanted) for row in rows]).tolist()
         return {row.sequence: array[a:b] for row, a, b in zip(rows, [0, *ends], ends, strict=False)}

@@ -12,7 +12,7 @@ import torch
 
 from optkit.backends import TensorSession
 from optkit.steps import TensorSpec
-from optkit_backends.torchscript.files import TensorFacts, load
+from optkit_backends.torchscript.files import TensorFacts, load, running
 
 __all__ = ["TorchScriptTensorSession"]
 
@@ -31,7 +31,7 @@ class TorchScriptTensorSession(TensorSession):
         self.outputs = {name: TensorSpec(dtype, tuple(shape)) for name, (dtype, shape) in facts.outputs.items()}
 
     def run(self, inputs: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, npt.NDArray[np.generic]]:
-        with torch.inference_mode():
+        with running():
             found = self._module(*(torch.from_numpy(inputs[name]) for name in self.inputs))
         return {name: tensor.numpy() for name, tensor in zip(self.outputs, found, strict=True)}
 
