@@ -10,6 +10,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from optkit.steps import Caps, Limits
+from optkit_backends.room import blocks_that_fit
+
 __all__ = ["BLOCK_SIZE", "LayerShape", "Pool"]
 
 BLOCK_SIZE = 16
@@ -36,20 +39,41 @@ class Pool:
     Memory is committed as it is written. What was never written is zero, so that it can be masked: NaN could not.
 
     Attributes:
+        blocks: how many there are.
         keys: of each layer `[heads, places, key_dim]`: float32, or the bytes of a dtype of one byte as int8, because
             torch cannot index E4M3 numbers.
         values: of each layer `[heads, places, value_dim]`, likewise.
     """
 
     def __init__(self, layers: Sequence[LayerShape], blocks: int) -> None:
-        self._blocks = blocks
+        self.blocks = blocks
         self.keys = [self._zeros(layer, layer.key_dim) for layer in layers]
         self.values = [self._zeros(layer, layer.value_dim) for layer in layers]
+
+    @classmethod
+    def within(cls, limits: Limits, layers: Sequence[LayerShape]) -> Pool:
+        """One for a session that must hold `limits`.
+
+        Raises:
+            MachineError: it does not fit into free memory.
+        """
+        tokens, each = limits.kv_cache_tokens, -(-limits.max_length // BLOCK_SIZE)
+        blocks = blocks_that_fit(
+            limits,
+            wanted=limits.max_batch_size * each if tokens is None else -(-tokens // BLOCK_SIZE),
+            block_size=BLOCK_SIZE,
+            block_bytes=sum(layer.block_bytes for layer in layers),
+        )
+        return cls(layers, blocks)
+
+    def caps(self, limits: Limits, vocab_size: int) -> Caps:
+        """Of a session over it, for steps of any mixture."""
+        return Caps("paged", BLOCK_SIZE, self.blocks, limits.max_batch_size, True, vocab_size, limits.max_length)
 
     def _zeros(self, layer: LayerShape, dim: int) -> Tensor:
         # numpy's zeros are pages that the kernel gives when they are written; torch writes all of them at once.
         dtype = np.float32 if layer.dtype is torch.float32 else np.int8
-        return torch.from_numpy(np.zeros((layer.heads, self._blocks * BLOCK_SIZE, dim), dtype))
+        return torch.from_numpy(np.zeros((layer.heads, self.blocks * BLOCK_SIZE, dim), dtype))
 
     def read(self, blocks: Sequence[int]) -> npt.NDArray[np.generic]:
         """A copy of some blocks, `[blocks, numbers]`: layer by layer the keys, then the values likewise."""
@@ -77,4 +101,4 @@ class Pool:
 
     def _by_block(self) -> list[Tensor]:
         """Views `[heads, blocks, numbers]`."""
-        return [whole.view(len(whole), self._blocks, -1) for whole in (*self.keys, *self.values)]
+        return [whole.view(len(whole), self.blocks, -1) for whole in (*self.keys, *self.values)]

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from optkit.backends import TokenSession
 from optkit.kv import stop_rounding
-from optkit.steps import Caps, KernelTime, Limits, StepPlan, StepResult
+from optkit.steps import KernelTime, Limits, StepPlan, StepResult
 from optkit.weights import load_folder
-from optkit_backends.room import blocks_that_fit
 from optkit_backends.torch.attention import Attention, PagedAttention
 from optkit_backends.torch.dense import make_dense
-from optkit_backends.torch.pool import BLOCK_SIZE, Pool
+from optkit_backends.torch.pool import Pool
 from optkit_backends.torch.probe import page
 
 __all__ = ["TorchSession"]
@@ -38,24 +37,8 @@ class TorchSession(TokenSession):
         stop_rounding(module)
         paged = page(module, str(weights))
         paged.check(limits.max_length, weights)
-        tokens = limits.kv_cache_tokens
-        each = -(-limits.max_length // BLOCK_SIZE)
-        blocks = blocks_that_fit(
-            limits,
-            wanted=limits.max_batch_size * each if tokens is None else -(-tokens // BLOCK_SIZE),
-            block_size=BLOCK_SIZE,
-            block_bytes=sum(layer.block_bytes for layer in paged.layers),
-        )
-        self._module, self._pool = module, Pool(paged.layers, blocks)
-        self.caps = Caps(
-            kv="paged",
-            block_size=BLOCK_SIZE,
-            blocks=blocks,
-            max_batch_size=limits.max_batch_size,
-            mixed=True,
-            vocab_size=module.config.vocab_size,
-            max_length=limits.max_length,
-        )
+        self._module, self._pool = module, Pool.within(limits, paged.layers)
+        self.caps = self._pool.caps(limits, module.config.vocab_size)
 
     def execute(self, plan: StepPlan) -> StepResult:
         step = PagedAttention(plan.rows, self._pool)

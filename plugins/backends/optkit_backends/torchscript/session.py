@@ -13,9 +13,8 @@ from torch import Tensor
 
 from optkit.backends import TokenSession
 from optkit.errors import RecipeError
-from optkit.steps import Caps, KernelTime, Limits, Row, StepPlan, StepResult
-from optkit_backends.room import blocks_that_fit
-from optkit_backends.torch.pool import BLOCK_SIZE, LayerShape, Pool
+from optkit.steps import KernelTime, Limits, Row, StepPlan, StepResult
+from optkit_backends.torch.pool import LayerShape, Pool
 from optkit_backends.torchscript.files import DecoderFacts, load, running
 from optkit_backends.torchscript.steps import Launch, launches
 
@@ -42,24 +41,9 @@ class TorchScriptSession(TokenSession):
             )
         self._facts, self._module = facts, load(directory, facts.torch)
         layers = [LayerShape(heads, key, value, getattr(torch, dtype)) for heads, key, value, dtype in facts.layers]
-        tokens, each = limits.kv_cache_tokens, -(-limits.max_length // BLOCK_SIZE)
-        blocks = blocks_that_fit(
-            limits,
-            wanted=limits.max_batch_size * each if tokens is None else -(-tokens // BLOCK_SIZE),
-            block_size=BLOCK_SIZE,
-            block_bytes=sum(layer.block_bytes for layer in layers),
-        )
-        self._pool = Pool(layers, blocks)
+        self._pool = Pool.within(limits, layers)
         self._cache = _cache_of(self._pool)
-        self.caps = Caps(
-            kv="paged",
-            block_size=BLOCK_SIZE,
-            blocks=blocks,
-            max_batch_size=limits.max_batch_size,
-            mixed=True,
-            vocab_size=facts.vocab_size,
-            max_length=limits.max_length,
-        )
+        self.caps = self._pool.caps(limits, facts.vocab_size)
 
     def execute(self, plan: StepPlan) -> StepResult:
         logits: dict[int, Floats] = {}
