@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from optkit.quantized import QuantizedLayer, replace_module
 from optkit_backends.onnxruntime.convolutions import settle
 from optkit_backends.onnxruntime.files import GRAPH, WEIGHTS, TensorFacts
 from optkit_backends.onnxruntime.layers import FUSED, exportable
+from optkit_backends.positional import Positional, TextEncoder, outputs_of, shallow_copy, text_example
 
 __all__ = ["compile_encoder", "compile_tensors"]
 
@@ -45,14 +43,12 @@ def compile_encoder(module: nn.Module, directory: Path, *, accuracy_level: int, 
     Raises:
         RecipeError: the exporter or a kernel cannot express something of the model.
     """
-    # Of unequal lengths: the exporter drops a mask that only holds ones, and takes an axis of one for a constant.
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-    example = {"input_ids": mask.clone(), "attention_mask": mask}
+    example = text_example()
     lowered: Any = _lowered(module, accuracy_level, block_size)
     if getattr(lowered, "_supports_attention_backend", False):
         lowered.config._attn_implementation = FUSED
     dynamic = dict.fromkeys(example, (0, 1))
-    _write(_Encoder(lowered), type(module).__name__, example, ["last_hidden_state"], dynamic, directory)
+    _write(TextEncoder(lowered), type(module).__name__, example, ["last_hidden_state"], dynamic, directory)
 
 
 def compile_tensors(
@@ -79,15 +75,14 @@ def compile_tensors(
         RecipeError: the exporter or a kernel cannot express something of the module.
     """
     with torch.inference_mode():
-        outputs = list(_outputs(module(**example)))
+        outputs = list(outputs_of(module(**example)))
     lowered, name = _lowered(module, accuracy_level, block_size), type(module).__name__
     _write(lowered, name, example, outputs, dynamic or dict.fromkeys(example, (0,)), directory)
 
 
 def _lowered(module: nn.Module, accuracy_level: int, block_size: int) -> nn.Module:
     """A copy with the very tensors of `module`, its quantized layers ready to be exported."""
-    tensors = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
-    copied: nn.Module = copy.deepcopy(module, tensors)
+    copied: nn.Module = shallow_copy(module)
     for name, layer in list(copied.named_modules()):
         if isinstance(layer, QuantizedLayer):
             replaced = exportable(layer, name, accuracy_level=accuracy_level, block_size=block_size)
@@ -109,7 +104,7 @@ def _write(
     with _quiet():
         try:
             program: Any = torch.onnx.export(
-                _Positional(module, tuple(example)).eval(),
+                Positional(module, tuple(example)).eval(),
                 tuple(batches),
                 dynamo=True,
                 opset_version=OPSET,
@@ -128,39 +123,6 @@ def _write(
     model.producer_name = "optkit"
     ir.save(model, directory / GRAPH, external_data=WEIGHTS)
     TensorFacts(list(example), list(outputs)).write(directory)
-
-
-class _Encoder(nn.Module):
-    """An encoder from token ids to its last layer's output."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-        self._typed = "token_type_ids" in inspect.signature(module.forward).parameters
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
-        types = {"token_type_ids": torch.zeros_like(input_ids)} if self._typed else {}
-        output = self.module(input_ids=input_ids, attention_mask=attention_mask, **types)
-        return {"last_hidden_state": output.last_hidden_state}
-
-
-class _Positional(nn.Module):
-    """A module that gets its inputs in order and gives a tuple, as graphs do."""
-
-    def __init__(self, module: nn.Module, names: tuple[str, ...]) -> None:
-        super().__init__()
-        self.module, self._names = module, names
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_outputs(self.module(**dict(zip(self._names, tensors, strict=True)))).values())
-
-
-def _outputs(output: Any) -> dict[str, Tensor]:
-    if isinstance(output, Tensor):
-        return {"output": output}
-    if isinstance(output, Mapping):
-        return {str(key): value for key, value in output.items() if isinstance(value, Tensor)}
-    return {f"output_{index}": value for index, value in enumerate(output)}
 
 
 @contextmanager

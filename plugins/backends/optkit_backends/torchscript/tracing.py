@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import inspect
 from collections.abc import Mapping, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from optkit.errors import RecipeError
 from optkit.kv import stop_rounding
 from optkit.steps import Row
+from optkit_backends.positional import Positional, TextEncoder, outputs_of, shallow_copy, text_example
 from optkit_backends.torch.attention import kept, read
 from optkit_backends.torch.dense import make_dense
 from optkit_backends.torch.pool import BLOCK_SIZE, Pool
@@ -40,7 +38,7 @@ def compile_decoder(module: Any, directory: Path) -> None:
     Raises:
         RecipeError: its attention is none that can be paged, or something of it cannot be traced.
     """
-    name, traced = type(module).__name__, _copied(module)
+    name, traced = type(module).__name__, shallow_copy(module)
     make_dense(traced)
     stop_rounding(traced)
     paged = page(traced, name)
@@ -72,12 +70,9 @@ def compile_encoder(module: Any, directory: Path) -> None:
     Raises:
         RecipeError: something of it cannot be traced.
     """
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-    example = {"input_ids": mask.clone(), "attention_mask": mask}
-    outputs = ["last_hidden_state"]
-    _compile(
-        _Encoder(_copied(module)), type(module).__name__, example, outputs, dict.fromkeys(example, (0, 1)), directory
-    )
+    example, encoder = text_example(), TextEncoder(shallow_copy(module))
+    dynamic = dict.fromkeys(example, (0, 1))
+    _compile(encoder, type(module).__name__, example, ["last_hidden_state"], dynamic, directory)
 
 
 def compile_tensors(
@@ -100,11 +95,11 @@ def compile_tensors(
         RecipeError: something of it cannot be traced.
     """
     with torch.inference_mode():
-        outputs = list(_named(module(**example)))
+        outputs = list(outputs_of(module(**example)))
     if not outputs:
         raise RecipeError("gives no tensors", where=type(module).__name__, remedy="let it return a tensor, or several")
     sizes = dynamic or dict.fromkeys(example, (0,))
-    _compile(_Named(_copied(module), tuple(example)), type(module).__name__, example, outputs, sizes, directory)
+    _compile(shallow_copy(module), type(module).__name__, example, outputs, sizes, directory)
 
 
 def _compile(
@@ -116,7 +111,7 @@ def _compile(
     directory: Path,
 ) -> None:
     make_dense(module)
-    module.eval()
+    module = Positional(module, tuple(example)).eval()
     archive = _traced(module, tuple(example.values()), name)
     larger = tuple(_repeated(tensor, dynamic[key]) for key, tensor in example.items())
     found = _compare(module, archive, larger, name)
@@ -131,12 +126,6 @@ def _compile(
             for key, tensor, other in zip(outputs, found, small, strict=True)
         },
     ).write(directory)
-
-
-def _copied(module: nn.Module) -> Any:
-    """A copy with the very tensors of `module`."""
-    tensors = {id(tensor): tensor for tensor in chain(module.parameters(), module.buffers())}
-    return copy.deepcopy(module, tensors)
 
 
 def _traced(module: nn.Module, example: tuple[Tensor, ...], name: str) -> Any:
@@ -295,38 +284,3 @@ class _Attention:
             scale=scale,
         )
         return torch.cat([single.flatten(1, 2), several.flatten(0, 1).transpose(0, 1)])
-
-
-class _Encoder(nn.Module):
-    """An encoder from token ids to its last layer's output."""
-
-    def __init__(self, module: Any) -> None:
-        super().__init__()
-        self.module = module
-        self._typed = "token_type_ids" in inspect.signature(module.forward).parameters
-
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor]:
-        more = {"token_type_ids": torch.zeros_like(input_ids)} if self._typed else {}
-        hidden = self.module(input_ids=input_ids, attention_mask=attention_mask, **more).last_hidden_state
-        return (hidden.float(),)
-
-
-class _Named(nn.Module):
-    """A module that is called by name, called by position."""
-
-    def __init__(self, module: nn.Module, names: tuple[str, ...]) -> None:
-        super().__init__()
-        self.module = module
-        self._names = names
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(_named(self.module(**dict(zip(self._names, tensors, strict=True)))).values())
-
-
-def _named(result: Any) -> dict[str, Tensor]:
-    """The outputs of a module by name."""
-    if isinstance(result, Tensor):
-        return {"output": result}
-    if isinstance(result, Mapping):
-        return {name: value for name, value in result.items() if isinstance(value, Tensor)}
-    return {f"output_{place}": value for place, value in enumerate(result)}
