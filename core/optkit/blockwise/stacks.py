@@ -76,6 +76,7 @@ def output_of(module: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 
 def forward(module: nn.Module, batch: Mapping[str, Any]) -> Any:
+    """What a model gives for a batch, in its own class; as for `output_of`."""
     # Transformers' models would fill a KV cache that nobody reads.
     extra = {"use_cache": False} if hasattr(module, "config") else {}
     return module(**batch, **extra)
@@ -89,6 +90,7 @@ def first_of(output: Any) -> Tensor:
 
 @contextmanager
 def removed(handle: Any) -> Iterator[None]:
+    """Removes a hook in the end."""
     try:
         yield
     finally:

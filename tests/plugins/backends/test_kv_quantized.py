@@ -29,23 +29,12 @@ from optkit_backends.onnxruntime import OnnxRuntime
 from optkit_backends.torch import Torch
 from optkit_batching.continuous import Continuous
 from optkit_quantize.kv_cache import KVCache
+from tests.architectures import SHAPE
 
 A, B = tuple(range(10, 50)), tuple(range(40, 47))
 LIMITS = Limits(max_batch_size=4, max_length=64)
 TORCH = [("torch", dtype, granularity) for dtype in ("int8", "fp8") for granularity in ("head", "tensor")]
 ONNX = [("onnxruntime", "int8", granularity) for granularity in ("head", "tensor")]
-SHAPE = {
-    "vocab_size": 160,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 128,
-    "initializer_range": 0.2,
-    "pad_token_id": 0,
-}
 OTHERS: dict[str, Callable[[], Any]] = {
     "mistral-window": lambda: transformers.MistralConfig(**SHAPE, sliding_window=7),
     "qwen3": lambda: transformers.Qwen3Config(**SHAPE),
