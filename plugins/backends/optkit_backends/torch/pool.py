@@ -10,10 +10,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from optkit.backends import TokenSession
 from optkit.steps import Caps, Limits
 from optkit_backends.room import blocks_that_fit
 
-__all__ = ["BLOCK_SIZE", "LayerShape", "Pool"]
+__all__ = ["BLOCK_SIZE", "LayerShape", "Pool", "PooledSession"]
 
 BLOCK_SIZE = 16
 
@@ -102,3 +103,18 @@ class Pool:
     def _by_block(self) -> list[Tensor]:
         """Views `[heads, blocks, numbers]`."""
         return [whole.view(len(whole), self.blocks, -1) for whole in (*self.keys, *self.values)]
+
+
+class PooledSession(TokenSession):
+    """A session whose keys and values are in a pool."""
+
+    _pool: Pool
+
+    def read_blocks(self, blocks: Sequence[int]) -> npt.NDArray[np.generic]:
+        return self._pool.read(blocks)
+
+    def write_blocks(self, blocks: Sequence[int], contents: npt.NDArray[np.generic]) -> None:
+        self._pool.write(blocks, contents)
+
+    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
+        self._pool.copy(pairs)

@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from optkit.backends import TokenSession
 from optkit.kv import stop_rounding
 from optkit.steps import KernelTime, Limits, StepPlan, StepResult
 from optkit.weights import load_folder
 from optkit_backends.torch.attention import Attention, PagedAttention
 from optkit_backends.torch.dense import make_dense
-from optkit_backends.torch.pool import Pool
+from optkit_backends.torch.pool import Pool, PooledSession
 from optkit_backends.torch.probe import page
 
 __all__ = ["TorchSession"]
 
 
-class TorchSession(TokenSession):
+class TorchSession(PooledSession):
     """Runs the model of a weights folder; see `optkit.backends.TokenSession`.
 
     A row's logits come from its own tokens and blocks alone. They still can differ in the last bits with what else is
@@ -62,15 +58,6 @@ class TorchSession(TokenSession):
             ).logits
         array = logits[0].float().numpy()
         return StepResult(tuple(array[a:b] for a, b in zip([0, *ends], ends, strict=False)))
-
-    def read_blocks(self, blocks: Sequence[int]) -> npt.NDArray[np.generic]:
-        return self._pool.read(blocks)
-
-    def write_blocks(self, blocks: Sequence[int], contents: npt.NDArray[np.generic]) -> None:
-        self._pool.write(blocks, contents)
-
-    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        self._pool.copy(pairs)
 
     def profile(self, plan: StepPlan) -> list[KernelTime]:
         self.execute(plan)  # warm up; to run a row again writes the same keys and values

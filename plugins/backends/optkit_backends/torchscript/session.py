@@ -11,10 +11,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from optkit.backends import TokenSession
 from optkit.errors import RecipeError
 from optkit.steps import KernelTime, Limits, Row, StepPlan, StepResult
-from optkit_backends.torch.pool import LayerShape, Pool
+from optkit_backends.torch.pool import LayerShape, Pool, PooledSession
 from optkit_backends.torchscript.files import DecoderFacts, load, running
 from optkit_backends.torchscript.steps import Launch, launches
 
@@ -23,7 +22,7 @@ __all__ = ["TorchScriptSession"]
 Floats = npt.NDArray[np.float32]
 
 
-class TorchScriptSession(TokenSession):
+class TorchScriptSession(PooledSession):
     """Runs what `compile_decoder` wrote; see `optkit.backends.TokenSession`.
 
     Raises:
@@ -57,15 +56,6 @@ class TorchScriptSession(TokenSession):
             (found,) = self._module(*launch.tensors, *self._cache)
         array, ends = found.numpy(), np.cumsum([len(row.wanted) for row in rows]).tolist()
         return {row.sequence: array[a:b] for row, a, b in zip(rows, [0, *ends], ends, strict=False)}
-
-    def read_blocks(self, blocks: Sequence[int]) -> npt.NDArray[np.generic]:
-        return self._pool.read(blocks)
-
-    def write_blocks(self, blocks: Sequence[int], contents: npt.NDArray[np.generic]) -> None:
-        self._pool.write(blocks, contents)
-
-    def copy_blocks(self, pairs: Sequence[tuple[int, int]]) -> None:
-        self._pool.copy(pairs)
 
     def profile(self, plan: StepPlan) -> list[KernelTime]:
         self.execute(plan)  # warm up; to run a row again writes the same keys and values
