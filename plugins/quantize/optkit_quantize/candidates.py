@@ -57,7 +57,7 @@ def by_gptq(
     """
     exact = replace(context, checkpoint=context.checkpoint.within("candidates"))
     found: dict[str, dict[str, Tensor]] = {}
-    for block in walk(module, exact, names):
+    for block in walk(module, exact, names, changed=False):
         hessians = Hessians()
         block.watch(block.names, hessians.see)
         for sharing in hessians.sharing(block.names):

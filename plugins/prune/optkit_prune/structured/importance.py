@@ -96,7 +96,7 @@ def _activation(module: nn.Module, structures: Sequence[Structure], context: Tra
         sums = input.detach().double().square().movedim(axis, 0).flatten(1).sum(1).cpu()
         squares[name] = squares[name] + sums if name in squares else sums
 
-    for block in walk(module, context, names):
+    for block in walk(module, context, names, changed=False):
         block.watch(block.names, see)
         for name in block.names:
             # Before the walk says that the block is done.

@@ -154,7 +154,7 @@ class Structured(Transform):
         return 4 * max(copies, min(_SAMPLE, card.max_length) * (2 * widths + logits))
 
     def forward_passes(self) -> float:
-        passes = {"magnitude": 0.0, "random": 0.0, "activation": 2.0}.get(self.importance, 3.0)
+        passes = {"magnitude": 0.0, "random": 0.0, "activation": 1.0}.get(self.importance, 3.0)
         # Eight trials of seven rounds, in which two models run on four of 128 samples.
         return passes + (3.5 if self.latency is not None else 0.0)
 
