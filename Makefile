@@ -17,7 +17,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do "$$na
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: test-gpu bench-quantizers bench-pruners help quickstart bench-quickstart bench-continuous bench-scheduler bench-serving install test test-slow test-nightly test-soak test-clients lint types layers docs docs-check check clean
+.PHONY: test-gpu bench-quantizers bench-pruners bench-recovery help quickstart bench-quickstart bench-continuous bench-scheduler bench-serving install test test-slow test-nightly test-soak test-clients lint types layers docs docs-check check clean
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of"
@@ -88,6 +88,10 @@ bench-quantizers: .venv/.dev ## measure what each quantizer costs in quality, ti
 bench-pruners: .venv/.dev ## measure what each pruner costs and gains, before and after recovery, into benchmarks/quality/
 	.venv/bin/python benchmarks/quality/pruners.py
 	.venv/bin/python benchmarks/quality/pruners.py --task encoder
+	@echo "Next: git diff benchmarks"
+
+bench-recovery: .venv/.dev ## measure what recovery wins back after each pruner; on a GPU: ARGS="--device cuda --jobs 8"
+	.venv/bin/python benchmarks/quality/recovery.py $(ARGS)
 	@echo "Next: git diff benchmarks"
 
 lint: .venv/.dev ## check the style; "ruff format ." and "ruff check --fix ." mend most of it
