@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import tempfile
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import psutil
 
 from optkit.backends import Backend, TensorSession, TokenSession
 from optkit.engine.tensors import encodes_text, padded
@@ -36,8 +39,8 @@ def check_backend(backend: Backend, model: Model, *, tolerance: float | None = N
 
     A causal language model must give the logits of the whole text whatever the steps are: at once, in chunks, token by
     token, in other blocks, beside other rows, after a step was run twice, and over whatever blocks held before. An
-    encoder must give each sequence what it gives it alone. Compiling leaves the model as it is, and closing twice does
-    nothing.
+    encoder must give each sequence what it gives it alone. Compiling leaves the model as it is. Closing gives files and
+    threads back, and closing twice does nothing.
 
     Args:
         backend: with its options.
@@ -64,6 +67,7 @@ def check_backend(backend: Backend, model: Model, *, tolerance: float | None = N
         same = {name for name, tensor in before.items() if name in after and after[name].equal(tensor)}
         changed = sorted((before.keys() | after.keys()) - same)
         assert not changed, f"compiling changed the model: {', '.join(changed)}"
+        threads = []
         for _ in range(2):  # what was opened and closed can be opened again
             session = backend.open(runtime, weights, _LIMITS)
             try:
@@ -74,6 +78,24 @@ def check_backend(backend: Backend, model: Model, *, tolerance: float | None = N
             finally:
                 session.close()
                 session.close()
+            kept = weakref.ref(session)
+            del session
+            gc.collect()
+            assert kept() is None, "something keeps a session that was closed"
+            held = _held(Path(scratch))
+            assert not held, f"a session that was closed keeps a file open or mapped: {held[0]}"
+            threads.append(psutil.Process().num_threads())
+        # The first time may start threads that all sessions share.
+        assert threads[1] <= threads[0], f"each session leaves threads behind: {threads[0]}, then {threads[1]}"
+
+
+def _held(directory: Path) -> list[str]:
+    """Files below a directory that this process has open or mapped, by their paths in it."""
+    process = psutil.Process()
+    found = {file.path for file in process.open_files()}
+    if hasattr(process, "memory_maps"):  # not on macOS
+        found |= {region.path for region in process.memory_maps()}
+    return sorted(str(Path(name).relative_to(directory)) for name in found if name.startswith(f"{directory}/"))
 
 
 def _check_lowering(backend: Backend, model: Model) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 
 import numpy as np
@@ -35,6 +36,7 @@ class Wrong(Torch):
 
     def open(self, runtime, weights, limits):
         session = super().open(runtime, weights, limits)
+        session.weights = weights
         HARMS[self.__class__.__name__](session)
         return session
 
@@ -98,6 +100,35 @@ def no_mask(session):
     session.run = wrong
 
 
+def keeps_itself(session):
+    """Is never given back."""
+    KEPT.append(session)
+
+
+def keeps_a_file(session):
+    """Leaves the weights open."""
+    KEPT.append((session.weights / "model.safetensors").open("rb"))
+
+
+def keeps_threads(session):
+    """Starts one that outlives it."""
+    threading.Thread(target=ENDED.wait, daemon=True).start()
+
+
+KEPT = []
+ENDED = threading.Event()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_kept_after_a_test():
+    ENDED.clear()
+    yield
+    ENDED.set()
+    for kept in KEPT:
+        kept.close()
+    KEPT.clear()
+
+
 HARMS = {}
 CASES = [
     (every_other, "decoder", r"^a chunk beside other rows: .* from the model's own logits"),
@@ -105,6 +136,9 @@ CASES = [
     (reuses, "decoder", r"^the next step overwrites logits"),
     (all_rows, "decoder", r"^logits of the shape \(\d+, \d+\) where \(\d+, \d+\) were asked for"),
     (halves, "decoder", r"^logits are float16, not float32"),
+    (keeps_itself, "decoder", r"^something keeps a session that was closed"),
+    (keeps_a_file, "decoder", r"^a session that was closed keeps a file open or mapped: weights/model\.safetensors"),
+    (keeps_threads, "decoder", r"^each session leaves threads behind: \d+, then \d+"),
     (no_mask, "encoder", r"^a sequence of 9 tokens in a batch of 7: .* from what the model gives it"),
 ]
 
