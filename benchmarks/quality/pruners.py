@@ -221,12 +221,13 @@ def table(task: Task, data: dict[str, Any]) -> str:
         f"{name} {machine['libraries'].get(name, '?')}" for name in ("torch", "transformers", "onnxruntime")
     )
     calibration = settings["calibration"]
+    but = f", but for {TIMED_MASK}" if TIMED_MASK in task.rows else ""
     told = (
         f"Learnt from {calibration['samples']} windows of {calibration['sequence_length']} tokens that share no text "
         f"with those that quality is judged on. Recovery is `prune.recover` with {settings['recover_steps']} steps: a "
         f"taste of what a few hundred do. Ratios are to the whole model on the same backend, {settings['backend']}, "
         f"in one interleaved run of {settings['benchmark']['blocks']} blocks, with 95% intervals. Sizes are those of "
-        "the weights; compressed by zlib before recovery. Masks leave every shape, so one alone is timed. Machine: "
+        f"the weights; compressed by zlib before recovery. Masks change no shape, and are not timed{but}. Machine: "
         f"{machine['cpu']}, {machine['cores']} cores; "
         f"Python {machine['python']}, {libraries}."
     )

@@ -31,7 +31,12 @@ class Rows:
         machine = json.loads(json.dumps(asdict(hardware.machine())))
         del machine["memory"]["available"]
         self._data = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        if self._data.get("settings") != settings or self._data.get("machine") != machine:
+        recorded = self._data.get("machine")
+        # Libraries that are not recorded took no part.
+        same = recorded and recorded == machine | {
+            "libraries": {name: machine["libraries"].get(name) for name in recorded["libraries"]}
+        }
+        if self._data.get("settings") != settings or not same:
             self._data = {"settings": settings, "machine": machine, "rows": {}}
 
     def __contains__(self, name: str) -> bool:
