@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import ClassVar, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,7 +17,18 @@ from optkit.model import Model, ModelCard
 from optkit.options import Options
 from optkit.steps import Caps, KernelTime, Limits, StepPlan, StepResult, TensorSpec
 
-__all__ = ["Backend", "Lowering", "Session", "TensorSession", "TokenSession"]
+__all__ = [
+    "AnySession",
+    "Backend",
+    "EngineCaps",
+    "EngineRequest",
+    "EngineSession",
+    "Lowering",
+    "Sampling",
+    "Session",
+    "TensorSession",
+    "TokenSession",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +67,12 @@ class Backend(Options):
         A missing architecture or task stands under its own tag, for example `arch:mamba`.
         """
 
+    @property
+    def own_batch_size(self) -> int | None:
+        """Sequences that the runtime keeps alive at once, where it batches by itself and `open` gives an
+        `EngineSession`. None: the recipe's batching strategy decides."""
+        return None
+
     def runtime_bytes(self, card: ModelCard, weight_bytes: int) -> int:
         """Estimated peak memory of `compile` and `open` together, above the loaded model, in bytes."""
         return weight_bytes
@@ -64,7 +82,7 @@ class Backend(Options):
         """Write what `open` needs into the empty `directory`. No pickle."""
 
     @abstractmethod
-    def open(self, runtime: Path, weights: Path, limits: Limits) -> TokenSession | TensorSession:
+    def open(self, runtime: Path, weights: Path, limits: Limits) -> AnySession:
         """A session over what `compile` wrote into `runtime`, beside the artifact's `weights` folder.
 
         Raises:
@@ -128,3 +146,88 @@ class TensorSession(Session):
     @abstractmethod
     def run(self, inputs: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, npt.NDArray[np.generic]]:
         """The outputs, by name, for arrays as `inputs` says."""
+
+    def profile(self, inputs: Mapping[str, npt.NDArray[np.generic]]) -> list[KernelTime]:
+        """Run twice and say how long each kernel took the second time, in order of execution.
+
+        Where a runtime does not tell, the whole call is one kernel.
+        """
+        self.run(inputs)
+        begin = time.perf_counter()
+        self.run(inputs)
+        return [KernelTime("the whole model", type(self).__name__, time.perf_counter() - begin)]
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How an engine chooses tokens, in the words and with the defaults of `optkit.engine.SamplingParams`."""
+
+    temperature: float = 0.0
+    min_tokens: int = 0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """Token ids to continue, once: several samples are several requests."""
+
+    prompt: tuple[int, ...]
+    """At least one token."""
+    max_tokens: int
+    """Output tokens at most; with the prompt no more than `EngineCaps.max_length`."""
+    stop_tokens: frozenset[int]
+    """The first of these is the last token of the output."""
+    sampling: Sampling
+    """What is not in `EngineCaps.sampling` has its default."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCaps:
+    """What an engine can do. Requests beyond it are refused before they reach it."""
+
+    vocab_size: int
+    max_length: int
+    """Tokens of one sequence, prompt and output together. One of that length always fits into its KV cache."""
+    max_batch_size: int
+    """Sequences that run at once; more wait in it."""
+    sampling: frozenset[str]
+    """The fields of `Sampling` that it honours as optkit defines them. Every engine decodes greedily."""
+
+
+class EngineSession(Session):
+    """A causal language model in a runtime that batches by itself.
+
+    `submit` may be called in any event loop, by many tasks at once. Its sequences do not depend on each other, and
+    share no cached prefixes: a request's time would tell what others asked before it.
+    """
+
+    caps: EngineCaps
+
+    @abstractmethod
+    def submit(self, request: EngineRequest) -> AsyncGenerator[int, None]:
+        """The output of one request, token by token as they come; it ends after a stop token or `max_tokens`.
+
+        Work begins when the stream is first asked. Closing the stream (`aclose`, or cancelling the task that waits for
+        it) ends the request within one step of the engine. `close` ends every stream that is open.
+
+        Raises:
+            MachineError: by every stream, when the engine has failed as a whole or is closed. Anything else that a
+                stream raises concerns its request alone.
+        """
+
+    @abstractmethod
+    def scores(self, tokens: Sequence[int]) -> npt.NDArray[np.float32]:
+        """Logits of a whole text by the compiled model, `[len(tokens), vocabulary]`: position t predicts token t + 1.
+
+        What quality and parity are judged by. Not while streams are open.
+        """
+
+
+AnySession: TypeAlias = TokenSession | TensorSession | EngineSession
+"""What a backend opens."""

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from optkit.artifact import Artifact
-from optkit.backends import Backend, TensorSession, TokenSession
+from optkit.backends import AnySession, Backend, EngineSession, TokenSession
 from optkit.batching import Batcher
 from optkit.errors import DamagedError, MissingError, RecipeError
 from optkit.plugins import Kind, Plugins
@@ -37,9 +37,7 @@ def files_of(artifact: Artifact) -> Files:
     return Files(artifact.runtime, artifact.weights, limits)
 
 
-def open_files(
-    recipe: Mapping[str, Any], files: Files, plugins: Plugins
-) -> tuple[TokenSession | TensorSession, Batcher]:
+def open_files(recipe: Mapping[str, Any], files: Files, plugins: Plugins) -> tuple[AnySession, Batcher]:
     """The session over some files and the batching strategy of their recipe. The caller closes the session.
 
     Args:
@@ -68,18 +66,22 @@ def open_session(artifact: Artifact, plugins: Plugins) -> Iterator[tuple[TokenSe
         yield token_session(session, artifact), batcher
 
 
-def token_session(session: TokenSession | TensorSession, artifact: Artifact) -> TokenSession:
-    """The session of a causal language model.
+def token_session(session: AnySession, artifact: Artifact) -> TokenSession:
+    """The session of a causal language model that takes single steps; any other is closed.
 
     Raises:
-        RecipeError: the artifact is another kind of model.
+        RecipeError: the artifact is another kind of model, or its runtime batches by itself.
     """
-    if not isinstance(session, TokenSession):
-        session.close()
+    if isinstance(session, TokenSession):
+        return session
+    session.close()
+    if isinstance(session, EngineSession):
         raise RecipeError(
-            "is no causal language model", where=str(artifact.path), remedy="optkit.Encoder runs an encoder"
+            "its runtime batches by itself and takes no single steps",
+            where=str(artifact.path),
+            remedy="apply the recipe with another backend",
         )
-    return session
+    raise RecipeError("is no causal language model", where=str(artifact.path), remedy="optkit.Encoder runs an encoder")
 
 
 def bound(kind: Kind, node: Any, plugins: Plugins) -> Any:

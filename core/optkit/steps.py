@@ -94,7 +94,7 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class KernelTime:
-    """Measured time of one kernel in one step."""
+    """Measured time of one kernel in one step or call."""
 
     layer: str
     """Module path of the layer, or the name of the operation where it belongs to no module."""
@@ -103,6 +103,8 @@ class KernelTime:
     seconds: float
     weight_bytes: int = field(default=0)
     """Bytes of weights that the kernel must read, 0 if unknown or none."""
+    operations: int = field(default=0)
+    """Multiplications and additions of its product with weights, 0 if unknown or none."""
 
 
 @dataclass(frozen=True, slots=True)

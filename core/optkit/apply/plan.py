@@ -17,7 +17,7 @@ from optkit.measure import Task, measurable, task_of
 from optkit.metrics import FootprintMetric
 from optkit.model import ModelCard
 from optkit.plugins import Plugins
-from optkit.recipe import Recipe
+from optkit.recipe import Recipe, RecipeKeys
 from optkit.steps import Limits
 from optkit.transforms import Transform
 
@@ -103,6 +103,7 @@ def make_plan(recipe: Recipe, plugins: Plugins) -> Plan:
     steps = _fold(recipe, card)
     tags = steps[-1].tags if steps else card.tags
     lowering = _lower(recipe, tags)
+    _check_batching(recipe)
     limits = _limits(recipe, card, task)
     check_text(recipe, task)
     dense = [tag for tag, lowered in lowering.items() if tag.startswith("sparsity:") and not lowered.native]
@@ -220,6 +221,21 @@ def _lower(recipe: Recipe, tags: frozenset[str]) -> dict[str, Lowering]:
     return lowering
 
 
+def _check_batching(recipe: Recipe) -> None:
+    """Refuse a strategy that nobody would ask: the runtime batches by itself."""
+    batching = recipe.batching
+    # A resolved recipe has the default written out.
+    usual = batching.name == RecipeKeys.model_fields["batching"].default
+    if recipe.backend.options.own_batch_size is None or (usual and batching.options == type(batching.options)()):
+        return
+    raise recipe.document.error(
+        f"{recipe.backend.name} batches by itself and takes no batching strategy",
+        "batching",
+        found=batching.name,
+        remedy=f"remove it; the options of {recipe.backend.name} say how many sequences run at once",
+    )
+
+
 def _limits(recipe: Recipe, card: ModelCard, task: Task[Any, Any]) -> Limits:
     needed = task.positions(recipe)
     length = recipe.max_length or min(card.max_length, max(2048, needed))
@@ -249,7 +265,8 @@ def _limits(recipe: Recipe, card: ModelCard, task: Task[Any, Any]) -> Limits:
             found=recipe.kv_cache_tokens,
             remedy="raise it, or lower max_length",
         )
-    return Limits(recipe.batching.options.max_sequences, length, recipe.kv_cache_tokens)
+    sequences = recipe.backend.options.own_batch_size or recipe.batching.options.max_sequences
+    return Limits(sequences, length, recipe.kv_cache_tokens)
 
 
 def _estimate(

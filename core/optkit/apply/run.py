@@ -21,7 +21,7 @@ from optkit.apply.plan import Plan, check_output, check_room
 from optkit.apply.report import render_html
 from optkit.apply.workshop import Workshop
 from optkit.artifact import Artifact, StepRecord, open_artifact, publish, staging, writing
-from optkit.backends import TensorSession, TokenSession
+from optkit.backends import AnySession
 from optkit.bench import Opening, arm_of_model, arm_of_session
 from optkit.calibration import Calibration
 from optkit.datasets import Dataset
@@ -291,7 +291,7 @@ class _Steps:
 
     # --- what they share
 
-    def _open(self) -> TokenSession | TensorSession:
+    def _open(self) -> AnySession:
         files = self._files
         return self._recipe.backend.options.open(files.runtime, files.weights, files.limits)
 

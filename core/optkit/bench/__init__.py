@@ -1,6 +1,6 @@
 """Speed and size, measured: arms that run by turns, ratios with intervals, and what may be said of them."""
 
-from optkit.bench.arms import SessionArm, TransformersArm
+from optkit.bench.arms import EngineArm, SessionArm, TransformersArm
 from optkit.bench.comparison import Comparison, Withheld, compare, compare_footprints
 from optkit.bench.encoding import SessionEncodingArm, TransformersEncodingArm
 from optkit.bench.explaining import ExplainedRow, Explanation, explain
@@ -24,6 +24,7 @@ __all__ = [
     "Comparison",
     "EncodingArm",
     "EncodingWorkload",
+    "EngineArm",
     "Estimate",
     "ExplainedRow",
     "Explanation",

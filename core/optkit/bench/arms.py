@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from optkit import hardware
-from optkit.backends import TokenSession
+from optkit.backends import EngineSession, TokenSession
 from optkit.batching import Batcher
 from optkit.bench.interleave import GenerationArm
-from optkit.engine import Engine, Request, SamplingParams
+from optkit.engine import Engine, Event, Request, SamplingParams
+from optkit.engine.streaming import StreamingEngine
 from optkit.errors import MachineError
 from optkit.metrics import Run
 from optkit.model import Model
 
-__all__ = ["SessionArm", "TransformersArm", "all_cores"]
+__all__ = ["EngineArm", "SessionArm", "TransformersArm", "all_cores"]
 
 
 class TransformersArm(GenerationArm):
@@ -62,20 +63,45 @@ class SessionArm(GenerationArm):
         self._batcher = batcher
 
     def run(self, prompt: tuple[int, ...], output_tokens: int) -> Run:
-        params = SamplingParams(max_tokens=output_tokens, temperature=0.0, ignore_eos=True)
-        with all_cores():
-            begin = time.perf_counter()
-            engine = Engine(self.session, self._batcher)
-            seconds, output = [], []
-            for event in engine.stream(Request(prompt, params)):
-                if event.token is None:
-                    raise MachineError(f"the model failed ({event.error or event.finished})", where=self.name)
-                seconds.append(time.perf_counter() - begin)
-                output.append(event.token)
-        return Run(len(prompt), tuple(seconds), tuple(output))
+        return _timed(
+            lambda request: Engine(self.session, self._batcher).stream(request), prompt, output_tokens, self.name
+        )
 
     def close(self) -> None:
         self.session.close()
+
+
+class EngineArm(GenerationArm):
+    """One request after the other through a runtime that batches by itself, as serving drives it. Closes the session.
+
+    Args:
+        session: nothing else may run in it meanwhile.
+    """
+
+    def __init__(self, session: EngineSession, name: str) -> None:
+        self.name = name
+        self.session = session
+        self._engine = StreamingEngine(session)
+
+    def run(self, prompt: tuple[int, ...], output_tokens: int) -> Run:
+        return _timed(self._engine.stream, prompt, output_tokens, self.name)
+
+    def close(self) -> None:
+        self._engine.close()
+        self.session.close()
+
+
+def _timed(stream: Callable[[Request], Iterator[Event]], prompt: tuple[int, ...], output_tokens: int, name: str) -> Run:
+    params = SamplingParams(max_tokens=output_tokens, temperature=0.0, ignore_eos=True)
+    with all_cores():
+        begin = time.perf_counter()
+        seconds, output = [], []
+        for event in stream(Request(prompt, params)):
+            if event.token is None:
+                raise MachineError(f"the model failed ({event.error or event.finished})", where=name)
+            seconds.append(time.perf_counter() - begin)
+            output.append(event.token)
+    return Run(len(prompt), tuple(seconds), tuple(output))
 
 
 class _Stopwatch:

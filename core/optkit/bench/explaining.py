@@ -1,4 +1,4 @@
-"""Where the time of one decode step goes, kernel by kernel, held against this machine's memory bandwidth."""
+"""Where the time of one step goes, kernel by kernel, held against what this machine can do."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import Any
 
 from optkit import hardware
 from optkit.artifact import Artifact
-from optkit.opening import open_session
+from optkit.backends import TensorSession, TokenSession
+from optkit.engine.tensors import padded
+from optkit.errors import RecipeError
+from optkit.opening import files_of, open_files, token_session
 from optkit.plugins import Plugins
 from optkit.steps import KernelTime, Row, StepPlan
 
@@ -29,13 +32,19 @@ class ExplainedRow:
     """Of the step's time."""
     gb_per_second: float
     """Weights read per second; 0 for kernels without weights."""
+    gflop_per_second: float
+    """Operations of products with weights per second; 0 for kernels without."""
     of_ceiling: float
-    """That as a share of the machine's measured read bandwidth."""
+    """The larger of the two as a share of the machine's measured read bandwidth and float32 matrix products. An
+    integer product can be above 1."""
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What ran in one decode step."""
+    """What ran in one step."""
+
+    what: str
+    """The step, in words."""
 
     lowering: dict[str, dict[str, Any]]
     """By weight format, as the artifact's report has it."""
@@ -46,40 +55,87 @@ class Explanation:
     seconds: float
     """Sum over all kernels; the profiler's own cost is part of it."""
     ceiling_gb_per_s: float
+    ceiling_gflop_per_s: float
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able data."""
         return asdict(self)
 
 
-def explain(artifact: Artifact, plugins: Plugins, prompt_tokens: int, peaks: hardware.Peaks) -> Explanation:
-    """Profile one decode step of one sequence.
-
-    Its ceiling is memory bandwidth: each weight is read once, and used for one row only.
+def explain(
+    artifact: Artifact, plugins: Plugins, peaks: hardware.Peaks, *, prompt_tokens: int = 64, batch_size: int = 1
+) -> Explanation:
+    """Profile one decode step of a causal language model, or one batch of an encoder.
 
     Args:
         artifact: verified.
         plugins: to open it with.
-        prompt_tokens: tokens in the KV cache before the step; cut to what the artifact can hold.
         peaks: of this machine.
+        prompt_tokens: tokens in the KV cache before the step, or of each sequence that is encoded; cut to what the
+            artifact can hold.
+        batch_size: sequences in the step.
+
+    Raises:
+        RecipeError: the artifact holds fewer sequences, or its runtime takes no single steps.
     """
-    with open_session(artifact, plugins) as (session, _):
-        caps = session.caps
-        length = min(prompt_tokens, artifact.manifest.max_length - 1)
-        prompt = tuple(index % caps.vocab_size for index in range(length))
-        blocks = tuple(range(-(-(length + 1) // caps.block_size)))
-        session.execute(StepPlan((Row(0, prompt, 0, blocks),)))
-        kernels = session.profile(StepPlan((Row(0, (1 % caps.vocab_size,), length, blocks),)))
+    most = artifact.manifest.max_batch_size
+    if batch_size > most:
+        remedy = f"give --batch-size {most} or less"
+        raise RecipeError("holds fewer sequences", where=str(artifact.path), found=batch_size, remedy=remedy)
+    session, _ = open_files(artifact.manifest.recipe, files_of(artifact), plugins)
+    with session:
+        if isinstance(session, TensorSession):
+            length = min(prompt_tokens, artifact.manifest.max_length)
+            what, kernels = f"encoding of {length} tokens", _encoded(session, length, batch_size)
+        else:
+            length = min(prompt_tokens, artifact.manifest.max_length - 1)
+            single = token_session(session, artifact)
+            what, kernels = f"decode step after {length} tokens", _decoded(single, length, batch_size)
     groups: dict[tuple[str, str], list[KernelTime]] = defaultdict(list)
     for kernel in kernels:
         groups[re.sub(r"\.\d+\.", ".*.", kernel.layer), kernel.kernel].append(kernel)
     whole = sum(kernel.seconds for kernel in kernels)
-    rows = [_row(layers, name, group, whole, peaks.read_gb_per_s) for (layers, name), group in groups.items()]
-    rows.sort(key=lambda row: -row.seconds)
-    return Explanation(artifact.report()["lowering"], tuple(rows), tuple(kernels), whole, peaks.read_gb_per_s)
+    gflop_per_s = peaks.fp32_gflops or 0.0
+    rows = sorted(
+        (_row(*names, group, whole, peaks.read_gb_per_s, gflop_per_s) for names, group in groups.items()),
+        key=lambda row: -row.seconds,
+    )
+    return Explanation(
+        what if batch_size == 1 else f"{what}, {batch_size} sequences at once",
+        artifact.report()["lowering"],
+        tuple(rows),
+        tuple(kernels),
+        whole,
+        peaks.read_gb_per_s,
+        gflop_per_s,
+    )
 
 
-def _row(layers: str, name: str, group: list[KernelTime], whole: float, ceiling: float) -> ExplainedRow:
+def _decoded(session: TokenSession, length: int, batch_size: int) -> list[KernelTime]:
+    """The kernels of a step that adds a token to each of some sequences."""
+    caps = session.caps
+    each = -(-(length + 1) // caps.block_size)
+    rows = []
+    for place in range(batch_size):
+        blocks = tuple(range(place * each, (place + 1) * each))
+        prompt = tuple((place + index) % caps.vocab_size for index in range(length))
+        session.execute(StepPlan((Row(place, prompt, 0, blocks),)))
+        rows.append(Row(place, (1 % caps.vocab_size,), length, blocks))
+    return session.profile(StepPlan(tuple(rows)))
+
+
+def _encoded(session: TensorSession, length: int, batch_size: int) -> list[KernelTime]:
+    """The kernels of one call, of token 1 alone: it is in every vocabulary."""
+    return session.profile(padded([(1,) * length] * batch_size, session.inputs))
+
+
+def _row(
+    layers: str, name: str, group: list[KernelTime], whole: float, gb_per_s: float, gflop_per_s: float
+) -> ExplainedRow:
     seconds = sum(kernel.seconds for kernel in group)
-    speed = sum(kernel.weight_bytes for kernel in group) / seconds / 1e9 if seconds else 0.0
-    return ExplainedRow(layers, name, len(group), seconds, seconds / whole if whole else 0.0, speed, speed / ceiling)
+    per_second = 1 / (seconds * 1e9) if seconds else 0.0
+    read = sum(kernel.weight_bytes for kernel in group) * per_second
+    computed = sum(kernel.operations for kernel in group) * per_second
+    of_ceiling = max(read / gb_per_s, computed / gflop_per_s if gflop_per_s else 0.0)
+    share = seconds / whole if whole else 0.0
+    return ExplainedRow(layers, name, len(group), seconds, share, read, computed, of_ceiling)

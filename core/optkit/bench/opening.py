@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from optkit.artifact import Artifact
-from optkit.backends import TensorSession, TokenSession
+from optkit.backends import AnySession, EngineSession, TensorSession
 from optkit.batching import Batcher
-from optkit.bench.arms import SessionArm, TransformersArm
+from optkit.bench.arms import EngineArm, SessionArm, TransformersArm
 from optkit.bench.encoding import SessionEncodingArm, TransformersEncodingArm
 from optkit.bench.interleave import EncodingArm, GenerationArm
 from optkit.model import Model
@@ -56,17 +56,17 @@ def arm_of_model(model: Model, name: str) -> GenerationArm | EncodingArm:
     return (TransformersEncodingArm if FEATURE_EXTRACTION in model.tags else TransformersArm)(model, name)
 
 
-def arm_of_session(
-    session: TokenSession | TensorSession, batcher: Batcher, files: Files, name: str
-) -> GenerationArm | EncodingArm:
+def arm_of_session(session: AnySession, batcher: Batcher, files: Files, name: str) -> GenerationArm | EncodingArm:
     """An open session with its batching strategy as an arm, which closes it.
 
     Args:
         session: over `files`.
-        batcher: the strategy of the recipe.
+        batcher: the strategy of the recipe; a runtime that batches by itself has no use for it.
         files: what the session was opened for.
         name: of the arm.
     """
     if isinstance(session, TensorSession):
         return SessionEncodingArm(session, batcher, files.weights, files.limits, name)
+    if isinstance(session, EngineSession):
+        return EngineArm(session, name)
     return SessionArm(session, batcher, name)

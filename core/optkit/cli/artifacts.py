@@ -61,26 +61,31 @@ def inspect_artifact(artifact: ArtifactArgument, as_json: JsonOption = False) ->
 def explain_artifact(
     context: typer.Context,
     artifact: ArtifactArgument,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens in the KV cache before the step.")] = 64,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens in the KV cache before the step, or of each sequence to encode.")
+    ] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences in the step.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Say which kernel runs each layer, and how near to its ceiling.
 
-    Profiles one decode step. The ceiling is memory bandwidth: each weight is read once. `optkit sys` measures it.
+    Profiles one decode step, or one batch of an encoder. The ceiling is memory bandwidth, each weight read once, or
+    float32 matrix products: what is nearer. `optkit sys` measures both.
     """
     from optkit.artifact import open_artifact
     from optkit.bench import explain
     from optkit.cli.system import peaks_of_machine
 
-    explanation = explain(open_artifact(artifact), plugins_of(context), prompt_tokens, peaks_of_machine())
+    opened, peaks = open_artifact(artifact), peaks_of_machine()
+    found = explain(opened, plugins_of(context), peaks, prompt_tokens=prompt_tokens, batch_size=batch_size)
     if as_json:
-        emit_json(explanation.to_dict())
+        emit_json(found.to_dict())
         return
-    for tag, lowered in explanation.lowering.items():
+    for tag, lowered in found.lowering.items():
         say(lowered_as(tag, lowered["kernel"], lowered["native"], lowered["reason"]))
     say()
     table(
-        ("layers", "kernel", "calls", "ms", "share of step", "GB/s", "of ceiling"),
+        ("layers", "kernel", "calls", "ms", "share of step", "GB/s", "GFLOP/s", "of ceiling"),
         [
             (
                 row.layers,
@@ -89,14 +94,15 @@ def explain_artifact(
                 f"{row.seconds * 1e3:.2f}",
                 f"{row.share:.0%}",
                 f"{row.gb_per_second:.1f}" if row.gb_per_second else "",
+                f"{row.gflop_per_second:.0f}" if row.gflop_per_second else "",
                 f"{row.of_ceiling:.0%}" if row.of_ceiling else "",
             )
-            for row in explanation.rows
+            for row in found.rows
         ],
-        right=(2, 3, 4, 5, 6),
+        right=(2, 3, 4, 5, 6, 7),
     )
-    ceiling = explanation.ceiling_gb_per_s
-    say(f"\none decode step under the profiler: {explanation.seconds * 1e3:.1f} ms; ceiling {ceiling:.1f} GB/s")
+    ceilings = f"{found.ceiling_gb_per_s:.1f} GB/s, {found.ceiling_gflop_per_s:.0f} GFLOP/s"
+    say(f"\n{found.what} under the profiler: {found.seconds * 1e3:.1f} ms; ceilings {ceilings}")
 
 
 def generate(

@@ -115,7 +115,8 @@ def plan_recipe(context: typer.Context, recipe: RecipeArgument, as_json: JsonOpt
         say(f"         {lowered_as(tag, lowered.kernel, lowered.native, lowered.reason)}")
     limits = plan.limits
     batch = counted(limits.max_batch_size, "sequence")
-    say(f"batching {plan.recipe.batching.name}: {batch} of up to {limits.max_length} tokens")
+    own = plan.recipe.backend.options.own_batch_size is not None
+    say(f"batching {'of its own' if own else plan.recipe.batching.name}: {batch} of up to {limits.max_length} tokens")
     for gate in plan.recipe.gates or ():
         side, limit = ("at_most", gate.at_most) if gate.at_most is not None else ("at_least", gate.at_least)
         say(f"gate     {gate.metric} {side} {limit}")

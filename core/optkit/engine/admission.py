@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from optkit.backends import EngineCaps
 from optkit.batching import blocks_at_most
 from optkit.engine.request import Request
 from optkit.engine.sequence import Group
@@ -13,7 +14,7 @@ __all__ = ["check_blocks", "check_request"]
 PRIORITIES = range(-100, 101)
 
 
-def check_request(request: Request, caps: Caps, seats: int) -> None:
+def check_request(request: Request, caps: Caps | EngineCaps, seats: int) -> None:
     """Refuse what is wrong in itself, or longer or wider than a session can take.
 
     Args:

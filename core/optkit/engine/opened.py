@@ -11,10 +11,11 @@ from typing import Any, Self
 from pydantic import Field
 
 from optkit.artifact import open_artifact
-from optkit.backends import TokenSession
+from optkit.backends import EngineSession, TokenSession
 from optkit.batching import Batcher
 from optkit.engine.loop import Engine
 from optkit.engine.speculation import Drafter, DraftModel, PromptLookup
+from optkit.engine.streaming import StreamingEngine
 from optkit.engine.structure import Structures
 from optkit.engine.text import end_tokens, load_tokenizer
 from optkit.engine.text_engine import TextEngine
@@ -74,13 +75,16 @@ def open_engine(path: Path, plugins: Plugins | None = None, speculation: Specula
     Raises:
         MissingError: there is no artifact, or its backend, batching strategy or tokenizer is not on this machine.
         DamagedError: a file is not what the manifest says.
-        RecipeError: it is no causal language model, or the draft has another vocabulary.
+        RecipeError: it is no causal language model, the draft has another vocabulary, or the runtime takes no guesses.
         MachineError: too little memory.
     """
     plugins = plugins or Plugins.load()
     artifact = open_artifact(path)
     with ExitStack() as stack:
         session, batcher = open_files(artifact.manifest.recipe, files_of(artifact), plugins)
+        if isinstance(session, EngineSession):
+            engine = _streaming(stack.enter_context(session), artifact.weights, speculation, stack)
+            return OpenedEngine(engine, artifact.manifest.name, session.caps.max_length, stack.pop_all())
         session = stack.enter_context(token_session(session, artifact))
         drafter = None if speculation is None else _drafter(speculation, session, plugins, stack)
         engine = engine_over(session, batcher, artifact.weights, drafter)
@@ -100,6 +104,19 @@ def engine_over(session: TokenSession, batcher: Batcher, weights: Path, drafter:
     ends = end_tokens(weights, tokenizer)
     structures = Structures(tokenizer, session.caps.vocab_size, ends)
     engine = Engine(session, batcher, end_tokens=ends, structures=structures, drafter=drafter)
+    return TextEngine(engine, tokenizer, ends)
+
+
+def _streaming(session: EngineSession, weights: Path, speculation: Speculation | None, stack: ExitStack) -> TextEngine:
+    """An engine over a runtime that batches by itself, closed with the stack."""
+    if speculation is not None:
+        raise RecipeError(
+            "its runtime batches by itself and takes no guesses", where=str(weights.parent), remedy="leave out --draft"
+        )
+    tokenizer: Any = load_tokenizer(weights)
+    ends = end_tokens(weights, tokenizer)
+    engine = StreamingEngine(session, end_tokens=ends)
+    stack.callback(engine.close)
     return TextEngine(engine, tokenizer, ends)
 
 

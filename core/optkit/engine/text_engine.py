@@ -9,13 +9,14 @@ from optkit.engine.loop import Engine
 from optkit.engine.outputs import Delta
 from optkit.engine.request import Event, FinishReason, PromptFacts, Request, SamplingParams, TokenLogprob
 from optkit.engine.stats import Stats
+from optkit.engine.streaming import StreamingEngine
 from optkit.engine.text import Prompt, TextStream, encode, kept_tokens
 
 __all__ = ["TextEngine"]
 
 
 class TextEngine:
-    """Drives an `Engine` and gives text, in the caller's thread. What `LLM`, `AsyncLLM` and the worker process share.
+    """Drives an engine and gives text, in the caller's thread. What `LLM`, `AsyncLLM` and the worker process share.
 
     ```python
     request = engine.add("The capital of France is", SamplingParams(max_tokens=8))
@@ -30,7 +31,7 @@ class TextEngine:
         end_tokens: those of the engine; they give no text.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Any, end_tokens: tuple[int, ...]) -> None:
+    def __init__(self, engine: Engine | StreamingEngine, tokenizer: Any, end_tokens: tuple[int, ...]) -> None:
         self.tokenizer = tokenizer
         self._engine = engine
         self._end_tokens = end_tokens

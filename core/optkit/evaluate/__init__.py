@@ -9,11 +9,12 @@ from optkit.evaluate.embedding import (
     evaluate_embeddings,
 )
 from optkit.evaluate.judge import Figure, Quality, evaluate, parity
-from optkit.evaluate.scorers import ModelScorer, Recorded, Scorer, SessionScorer
+from optkit.evaluate.scorers import EngineScorer, ModelScorer, Recorded, Scorer, SessionScorer
 from optkit.evaluate.text import every_sequence, every_window, held_out, paragraphs, sequences, windows
 
 __all__ = [
     "Embedder",
+    "EngineScorer",
     "Figure",
     "ModelEmbedder",
     "ModelScorer",

@@ -9,11 +9,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from optkit.backends import TokenSession
+from optkit.backends import EngineSession, TokenSession
 from optkit.errors import MachineError
 from optkit.steps import Row, StepPlan
 
-__all__ = ["ModelScorer", "Recorded", "Scorer", "SessionScorer"]
+__all__ = ["EngineScorer", "ModelScorer", "Recorded", "Scorer", "SessionScorer"]
 
 Floats = npt.NDArray[np.float32]
 
@@ -68,6 +68,20 @@ class SessionScorer:
             row = Row(self._sequence, window[start : start + self._step_tokens], start, blocks, "all")
             parts += self._session.execute(StepPlan((row,))).logits
         return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+
+class EngineScorer:
+    """An open session of a runtime that batches by itself, asked for whole windows.
+
+    Args:
+        session: stays open; nothing else may run in it meanwhile.
+    """
+
+    def __init__(self, session: EngineSession) -> None:
+        self._session = session
+
+    def logits(self, window: tuple[int, ...]) -> Floats:
+        return self._session.scores(window)
 
 
 class Recorded:

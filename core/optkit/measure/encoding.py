@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from optkit.backends import TensorSession, TokenSession
+from optkit.backends import AnySession, TensorSession
 from optkit.bench import (
     EncodingArm,
     EncodingWorkload,
@@ -62,7 +62,7 @@ class Encoding(Task[Embedder, EncodingArm]):
     def scorer(self, model: Model) -> Embedder:
         return ModelEmbedder(model)
 
-    def scorer_of_session(self, session: TokenSession | TensorSession, weights: Path) -> Embedder:
+    def scorer_of_session(self, session: AnySession, weights: Path) -> Embedder:
         if not isinstance(session, TensorSession):
             raise GateFailed("the backend opened an encoder as another kind of model")
         return SessionEmbedder(session, weights)

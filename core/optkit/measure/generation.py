@@ -6,11 +6,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from optkit.backends import TensorSession, TokenSession
-from optkit.bench import GenerationArm, Samples, SessionArm, TransformersArm, Workload, measure
+from optkit.backends import AnySession, EngineSession, TokenSession
+from optkit.bench import EngineArm, GenerationArm, Samples, SessionArm, TransformersArm, Workload, measure
 from optkit.datasets import Dataset
 from optkit.errors import GateFailed, RecipeError
 from optkit.evaluate import (
+    EngineScorer,
     ModelScorer,
     Quality,
     Recorded,
@@ -51,7 +52,9 @@ class Generation(Task[Scorer, GenerationArm]):
     def scorer(self, model: Model) -> Scorer:
         return ModelScorer(model.module)
 
-    def scorer_of_session(self, session: TokenSession | TensorSession, weights: Path) -> Scorer:
+    def scorer_of_session(self, session: AnySession, weights: Path) -> Scorer:
+        if isinstance(session, EngineSession):
+            return EngineScorer(session)
         if not isinstance(session, TokenSession):
             raise GateFailed("the backend opened a causal language model as another kind of model")
         return SessionScorer(session)
@@ -59,6 +62,8 @@ class Generation(Task[Scorer, GenerationArm]):
     def scorer_of_arm(self, arm: GenerationArm) -> Scorer:
         if isinstance(arm, TransformersArm):
             return ModelScorer(arm.module)
+        if isinstance(arm, EngineArm):
+            return EngineScorer(arm.session)
         assert isinstance(arm, SessionArm)
         return SessionScorer(arm.session)
 

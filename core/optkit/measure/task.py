@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from optkit.backends import TensorSession, TokenSession
+from optkit.backends import AnySession
 from optkit.bench import Arm, Samples
 from optkit.datasets import Dataset
 from optkit.evaluate import Quality
@@ -55,7 +55,7 @@ class Task(ABC, Generic[S, A]):
         """What answers for a loaded model."""
 
     @abstractmethod
-    def scorer_of_session(self, session: TokenSession | TensorSession, weights: Path) -> S:
+    def scorer_of_session(self, session: AnySession, weights: Path) -> S:
         """What answers for an open session over a weights folder."""
 
     @abstractmethod

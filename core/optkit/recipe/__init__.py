@@ -4,7 +4,7 @@ A relative path inside a recipe is relative to the current directory, as on a co
 """
 
 from optkit.recipe.binding import CalibrationText, Evaluation, Recipe, Use, bind_recipe, load_recipe
-from optkit.recipe.keys import Benchmark, Gate, Limit
+from optkit.recipe.keys import Benchmark, Gate, Limit, RecipeKeys
 from optkit.recipe.schema import recipe_schema
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Gate",
     "Limit",
     "Recipe",
+    "RecipeKeys",
     "Use",
     "bind_recipe",
     "load_recipe",

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import tempfile
 import weakref
 from collections.abc import Sequence
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import psutil
 
-from optkit.backends import Backend, TensorSession, TokenSession
+from optkit.backends import Backend, EngineRequest, EngineSession, Sampling, TensorSession, TokenSession
 from optkit.engine.tensors import encodes_text, padded
 from optkit.model import Model
 from optkit.steps import Limits, Row, StepPlan
@@ -39,7 +41,8 @@ def check_backend(backend: Backend, model: Model, *, tolerance: float | None = N
 
     A causal language model must give the logits of the whole text whatever the steps are: at once, in chunks, token by
     token, in other blocks, beside other rows, after a step was run twice, and over whatever blocks held before. An
-    encoder must give each sequence what it gives it alone. Compiling leaves the model as it is. Closing gives files and
+    encoder must give each sequence what it gives it alone. A runtime that batches by itself must decode greedily what
+    the model would, and score whole texts as it does. Compiling leaves the model as it is. Closing gives files and
     threads back, and closing twice does nothing.
 
     Args:
@@ -73,6 +76,8 @@ def check_backend(backend: Backend, model: Model, *, tolerance: float | None = N
             try:
                 if isinstance(session, TokenSession):
                     _Decoder(session, model, allowed if tolerance is None else tolerance, seed).check()
+                elif isinstance(session, EngineSession):
+                    _check_engine(session, model, allowed if tolerance is None else tolerance, seed)
                 else:
                     _check_encoder(session, model, allowed if tolerance is None else tolerance, seed)
             finally:
@@ -225,12 +230,46 @@ class _Decoder:
         return tuple(range(start + self._each - 1, start - 1, -1))
 
     def _wanted(self, text: tuple[int, ...]) -> Floats:
-        import torch
+        return _logits(self._model, text)
 
-        with torch.inference_mode():
-            logits: Any = self._model.module(torch.tensor([text]), use_cache=False).logits
-        array: Floats = logits[0].float().numpy()
-        return array
+
+def _check_engine(session: EngineSession, model: Model, tolerance: float, seed: int) -> None:
+    """Logits of whole texts, and greedy outputs of more requests than run at once, one of which is left early."""
+    random = np.random.default_rng(seed)
+    texts = [tuple(random.integers(1, session.caps.vocab_size, length).tolist()) for length in (9, 1, 30, 17, 2)]
+    for text in texts:
+        away = _distance(session.scores(text), _logits(model, text))
+        told = f"the scores of {len(text)} tokens: {away:.2g} from the model's own logits, not {tolerance:.2g}"
+        assert away <= tolerance, told
+    lengths = [min(12, session.caps.max_length - len(text)) for text in texts]
+
+    async def output(text: tuple[int, ...], length: int, leave_after: int) -> list[int]:
+        found: list[int] = []
+        async with aclosing(session.submit(EngineRequest(text, length, frozenset(), Sampling()))) as tokens:
+            async for token in tokens:
+                found.append(token)
+                if len(found) == leave_after:
+                    break
+        return found
+
+    async def outputs() -> list[list[int]]:
+        leaving = [1, *lengths[1:]]
+        return await asyncio.gather(*map(output, texts, lengths, leaving))
+
+    for text, length, found in zip(texts[1:], lengths[1:], asyncio.run(outputs())[1:], strict=True):
+        assert len(found) == length, f"{len(found)} tokens of output where {length} were asked for"
+        for logits, token in zip(_logits(model, (*text, *found))[len(text) - 1 : -1], found, strict=True):
+            short = float(logits.max() - logits[token])
+            assert short <= tolerance * np.linalg.norm(logits), f"a greedy token that is {short:.2g} below the best one"
+
+
+def _logits(model: Model, text: tuple[int, ...]) -> Floats:
+    import torch
+
+    with torch.inference_mode():
+        logits: Any = model.module(torch.tensor([text]), use_cache=False).logits
+    array: Floats = logits[0].float().numpy()
+    return array
 
 
 def _check_encoder(session: TensorSession, model: Model, tolerance: float, seed: int) -> None:

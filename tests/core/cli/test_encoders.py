@@ -107,6 +107,21 @@ def test_apply_again_says_how_to_use_it(here, optkit):
     assert said.out.endswith('Next, in Python: optkit.Encoder("made/eight").encode(["Why is the sky blue?"])\n')
 
 
+def test_explain_says_which_kernel_ran_each_layer_of_a_batch(here, optkit):
+    found = json.loads(optkit("explain", "made/eight", "--json", "--prompt-tokens", "16", "--batch-size", "3").out)
+    assert found["what"] == "encoding of 16 tokens, 3 sequences at once"
+    rows = {row["layers"]: row for row in found["rows"]}
+    up = rows["encoder.layer.*.intermediate.dense"]
+    [call, *others] = [kernel for kernel in found["kernels"] if kernel["layer"].endswith("intermediate.dense")]
+    config = json.loads(Path("encoder/config.json").read_text())
+    assert call["operations"] == 2 * 3 * 16 * config["hidden_size"] * config["intermediate_size"]
+    assert up["gflop_per_second"] * up["seconds"] * 1e9 == pytest.approx(call["operations"] * (1 + len(others)))
+    assert up["of_ceiling"] > 0
+    assert sum(row["share"] for row in found["rows"]) == pytest.approx(1)
+    said = optkit("explain", "made/eight", "--prompt-tokens", "16")
+    assert "encoding of 16 tokens under the profiler" in said.out
+
+
 def test_bench_eval_and_compare_measure_it_again(here, optkit):
     shutil.copytree("made/eight", "made/copy", dirs_exist_ok=True)
     bench = json.loads(optkit("bench", "made/eight", "--blocks", "3", "--json").out)
@@ -137,7 +152,10 @@ def published(folder, tags):
     ("command", "line"),
     [
         ("generate made/eight Hello", "made/eight: is no causal language model; optkit.Encoder runs an encoder"),
-        ("explain made/eight", "made/eight: is no causal language model; optkit.Encoder runs an encoder"),
+        (
+            "explain made/eight --batch-size 99",
+            "made/eight: holds fewer sequences, found 99; give --batch-size 8 or less",
+        ),
         (
             "bench made/eight --prompt-tokens 8",
             "made/eight: --prompt-tokens and --output-tokens mean nothing for its task (encoder); leave them out",

@@ -16,6 +16,7 @@ from optkit_backends.torch.attention import Attention, PagedAttention
 from optkit_backends.torch.dense import make_dense
 from optkit_backends.torch.pool import Pool, PooledSession
 from optkit_backends.torch.probe import page
+from optkit_backends.torch.timing import timed
 
 __all__ = ["TorchSession"]
 
@@ -62,23 +63,11 @@ class TorchSession(PooledSession):
     def profile(self, plan: StepPlan) -> list[KernelTime]:
         self.execute(plan)  # warm up; to run a row again writes the same keys and values
         times: list[KernelTime] = []
-        hooks = []
-        started: dict[nn.Module, float] = {}
         names = {layer: name for name, layer in self._module.named_modules()}
-        for layer, name in names.items():
-            if next(layer.children(), None) is None:
-                hooks.append(layer.register_forward_pre_hook(lambda m, _: started.update({m: time.perf_counter()})))
-                hooks.append(layer.register_forward_hook(_recorder(name, started, times)))
-        try:
-            begin = time.perf_counter()
+        with timed(self._module, times, "residuals, rotary angles and dispatch"):
             step = PagedAttention(plan.rows, self._pool)
             self._run(plan, step, _Timed(step, names, times))
-            whole = time.perf_counter() - begin
-        finally:
-            for hook in hooks:
-                hook.remove()
-        rest = whole - sum(entry.seconds for entry in times)
-        return [*times, KernelTime("residuals, rotary angles and dispatch", "eager", max(rest, 0.0))]
+        return times
 
     def close(self) -> None:
         self._module = None
@@ -97,13 +86,3 @@ class _Timed:
         seconds = time.perf_counter() - begin
         self._times.append(KernelTime(self._names[module], "scaled_dot_product_attention, paged", seconds))
         return found
-
-
-def _recorder(name: str, started: dict[nn.Module, float], times: list[KernelTime]) -> Any:
-    def record(module: nn.Module, _inputs: Any, _output: Any) -> None:
-        size = sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
-        # An embedding reads only the rows that it looks up.
-        size = 0 if isinstance(module, nn.Embedding) else size
-        times.append(KernelTime(name, type(module).__name__, time.perf_counter() - started.pop(module), size))
-
-    return record

@@ -11,9 +11,10 @@ import numpy.typing as npt
 import torch
 
 from optkit.backends import TensorSession
-from optkit.steps import TensorSpec
+from optkit.steps import KernelTime, TensorSpec
 from optkit.weights import load_folder
 from optkit_backends.torch.dense import make_dense
+from optkit_backends.torch.timing import timed
 
 __all__ = ["TorchTensorSession"]
 
@@ -37,6 +38,13 @@ class TorchTensorSession(TensorSession):
         with torch.inference_mode():
             hidden = self._module(input_ids=ids, attention_mask=mask).last_hidden_state
         return {"last_hidden_state": hidden.float().numpy()}
+
+    def profile(self, inputs: Mapping[str, npt.NDArray[np.generic]]) -> list[KernelTime]:
+        self.run(inputs)  # warm up
+        times: list[KernelTime] = []
+        with timed(self._module, times, "attention, residuals and dispatch"):
+            self.run(inputs)
+        return times
 
     def close(self) -> None:
         self._module = None
