@@ -17,7 +17,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do "$$na
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: test-gpu bench-quantizers bench-pruners bench-recovery help quickstart bench-quickstart bench-continuous bench-scheduler bench-serving install test test-slow test-nightly test-soak test-clients lint types layers docs docs-check check clean
+.PHONY: test-gpu bench-quantizers bench-pruners bench-recovery bench-encoders help quickstart bench-quickstart bench-continuous bench-scheduler bench-serving install test test-slow test-nightly test-soak test-clients lint types layers docs docs-check check clean
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of"
@@ -94,6 +94,10 @@ bench-recovery: .venv/.dev ## measure what recovery wins back after each pruner;
 	.venv/bin/python benchmarks/quality/recovery.py $(ARGS)
 	@echo "Next: git diff benchmarks"
 
+bench-encoders: .venv/.core ## measure sentence encoding beside int8 of ONNX Runtime and, with ARGS="--openvino PYTHON", OpenVINO
+	.venv/bin/python benchmarks/encoders/encoders.py .cache/encoders $(ARGS)
+	@echo "Next: git diff benchmarks"
+
 lint: .venv/.dev ## check the style; "ruff format ." and "ruff check --fix ." mend most of it
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -128,7 +132,7 @@ clean: ## remove what the targets made, .venv included
 
 .venv/.dev: .venv/.core
 	@echo "== Installing the test and lint tools into .venv"
-	@$(INSTALL) -e '.[bitsandbytes,onnxruntime,serve,otel,test,lint]' || { $(pip_failed); exit 1; }
+	@$(INSTALL) -e '.[bitsandbytes,onnxruntime,openvino,openvino-genai,serve,otel,test,lint]' || { $(pip_failed); exit 1; }
 	@touch $@
 
 .venv/bin/python:

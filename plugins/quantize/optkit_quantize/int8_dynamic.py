@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from optkit.model import Model
 from optkit.schemes import ActivationScheme, WeightScheme
 from optkit.transforms import TransformContext
@@ -24,9 +26,13 @@ class Int8Dynamic(Quantizer):
     arXiv:2206.01861.
     """
 
+    bits: Literal[7, 8] = 8
+    """Bits of one stored weight; it takes a byte all the same. x86 processors without VNNI add pairs of 8-bit products
+    in 16 bits, which only 7 bits fit: kernels that keep to 8 bits there are slower (`onnxruntime`)."""
+
     @property
     def scheme(self) -> WeightScheme:
-        return WeightScheme(8, None, symmetric=True)
+        return WeightScheme(self.bits, None, symmetric=True)
 
     @property
     def activation_scheme(self) -> ActivationScheme:

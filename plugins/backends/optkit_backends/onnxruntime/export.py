@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,12 +20,14 @@ from optkit.quantized import QuantizedLayer, replace_module
 from optkit_backends.onnxruntime.convolutions import settle
 from optkit_backends.onnxruntime.files import GRAPH, WEIGHTS, TensorFacts
 from optkit_backends.onnxruntime.layers import FUSED, exportable
+from optkit_backends.onnxruntime.trace import PRODUCTS
 from optkit_backends.positional import Positional, TextEncoder, outputs_of, shallow_copy, text_example
 
 __all__ = ["compile_encoder", "compile_tensors"]
 
 # ONNX Runtime ran MiniLM faster as opset 20 than as 23, whose attention it has no fusions for.
 OPSET = 20
+SCOPES = "pkg.torch.onnx.name_scopes"
 EXPORTER = "torch.onnx._internal.exporter"
 
 
@@ -118,11 +121,26 @@ def _write(
             raise RecipeError(f"torch.onnx cannot export it ({reason})", where=name) from error
     model: ir.Model = program.model
     settle(model.graph)
+    _name_products(model.graph)
     # The exporter notes where on this machine each operator's code lies.
     ClearMetadataAndDocStringPass()(RemoveUnusedNodesPass()(model).model)
     model.producer_name = "optkit"
     ir.save(model, directory / GRAPH, external_data=WEIGHTS)
     TensorFacts(list(example), list(outputs)).write(directory)
+
+
+def _name_products(graph: ir.Graph) -> None:
+    """Call each product with weights by the path of its layer, which `optkit explain` shows."""
+    used = {node.name for node in graph}
+    for node in graph:
+        constants = [value for value in node.inputs if value is not None and value.const_value is not None]
+        if node.op_type in PRODUCTS and constants:
+            # Paths from the outermost module to the layer, and then what the exporter calls the node.
+            scopes: list[str] = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
+            path = "".join(scopes[-2:-1]).removeprefix("module.module.").removeprefix("module.")
+            if path and path not in used:  # the runtime wants one name a node
+                node.name = path
+                used.add(path)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Quantized layers and attention as operators of ONNX, for `torch.onnx.export`: nothing here runs in torch.
 
-Layers of static int8 activations are integer operators from the start. QuantizeLinear and DequantizeLinear around
-float products would leave it to passes of ONNX Runtime 1.32 to make them so, which miss products of two axes with a
-bias, and convolutions whose output nobody rounds. Operators: its `docs/ContribOperators.md`.
+Layers of int8 activations are integer operators from the start. QuantizeLinear and DequantizeLinear around float
+products would leave it to passes of ONNX Runtime 1.32 to make them so, which miss products of two axes with a bias, and
+convolutions whose output nobody rounds. Operators: its `docs/ContribOperators.md`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from transformers.masking_utils import eager_mask
 
 from optkit.errors import RecipeError
 from optkit.quantized import QuantizedConv2d, QuantizedLayer, QuantizedLinear
+from optkit.schemes import WeightScheme
 from optkit_backends.onnxruntime.builder import MICROSOFT
 from optkit_backends.onnxruntime.convolutions import UNSETTLED
 from optkit_backends.onnxruntime.integers import blocked
@@ -29,6 +30,10 @@ FUSED = "optkit_onnxruntime"
 """The name of the attention function."""
 
 NONE = torch.zeros((), dtype=torch.int8)
+# Where a processor has no VNNI, the kernels for unsigned by signed add two products in 16 bits. 255 * 64 * 2 fits.
+SIGNED_BITS = 7
+# Where a token is all zeros.
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
 def exportable(layer: QuantizedLayer, name: str, *, accuracy_level: int, block_size: int) -> nn.Module:
@@ -47,15 +52,17 @@ def exportable(layer: QuantizedLayer, name: str, *, accuracy_level: int, block_s
         raise RecipeError("the onnxruntime backend has no kernel for float8 weights", where=name)
     if layer.activations is None:
         if isinstance(layer, QuantizedLinear):
+            if accuracy_level == 4 and _by_token(layer.scheme):
+                return _Dynamic(layer)
             return _Blockwise(layer, name, accuracy_level, block_size)
         raise RecipeError(
             "ONNX Runtime has no kernel for a convolution whose weights alone are integers",
             where=name,
             remedy="quantize its activations too, or leave it in floating point",
         )
-    if layer.activations.dynamic or layer.activations.type == "float":
+    if layer.activations.type == "float" or (layer.activations.dynamic and not layer.activations.symmetric):
         raise RecipeError(
-            "integer products of ONNX Runtime need int8 activations with one scale, found by calibration",
+            "integer products of ONNX Runtime need int8 activations with a scale for each token, or one zero point",
             where=name,
             found=layer.activations.tag,
         )
@@ -66,11 +73,16 @@ def exportable(layer: QuantizedLayer, name: str, *, accuracy_level: int, block_s
             found=f"groups of {layer.scheme.group_size}",
         )
     if isinstance(layer, QuantizedLinear):
-        return _Product(layer)
+        return _Dynamic(layer) if layer.activations.dynamic else _Product(layer)
     assert isinstance(layer, QuantizedConv2d)
     if layer.zero_point is not None:
         raise RecipeError("QLinearConv of ONNX Runtime needs symmetric weights", where=name, found=layer.scheme.tag)
     return _Convolution(layer)
+
+
+def _by_token(scheme: WeightScheme) -> bool:
+    """Whether weights alone can be multiplied with activations that are rounded token by token."""
+    return scheme.group_size is None and scheme.bits == 8
 
 
 class _Blockwise(nn.Module):
@@ -104,16 +116,15 @@ class _Blockwise(nn.Module):
         return _node(f"{MICROSOFT}::MatMulNBits", operands, input.dtype, shape, self.sizes)
 
 
-class _Static(nn.Module):
-    """A layer of static int8 activations: what its product reads.
+class _Stored(nn.Module):
+    """A layer of int8 activations: its weights as integer products read them.
 
-    Activations and weights are stored unsigned, and so are their zero points; the numbers are the same. Where a
-    processor has no VNNI, the kernels of ONNX Runtime for unsigned by signed saturate at 16 bits, which no option but a
-    pass over the graph prevents, and that pass fails where two layers share weights.
+    Activations are stored unsigned, and so are weights of 8 bits and their zero points; the numbers are the same. Where
+    a processor has no VNNI, the kernels of ONNX Runtime for unsigned by signed saturate at 16 bits, which no option but
+    a pass over the graph prevents, and that pass fails where two layers share weights. Weights of fewer bits cannot
+    saturate: they stay signed, which is faster there.
     """
 
-    input_scale: Tensor
-    input_zero_point: Tensor
     weight: Tensor
     scale: Tensor
     zero_point: Tensor
@@ -121,14 +132,26 @@ class _Static(nn.Module):
 
     def __init__(self, layer: QuantizedLayer) -> None:
         super().__init__()
+        zero_point = NONE if layer.zero_point is None else layer.zero_point[:, 0]
+        signed = layer.scheme.bits <= SIGNED_BITS
+        self.register_buffer("weight", layer.weight if signed else _unsigned(layer.weight))
+        self.register_buffer("scale", layer.scale[:, 0].float())
+        self.register_buffer("zero_point", zero_point if signed else _unsigned(zero_point))
+        self.register_buffer("bias", layer.bias)
+
+
+class _Static(_Stored):
+    """One of static int8 activations."""
+
+    input_scale: Tensor
+    input_zero_point: Tensor
+
+    def __init__(self, layer: QuantizedLayer) -> None:
+        super().__init__(layer)
         assert layer.input_scale is not None
         shift = layer.input_zero_point
         self.register_buffer("input_scale", layer.input_scale.float().reshape(()))
         self.register_buffer("input_zero_point", _unsigned(NONE if shift is None else shift.reshape(())))
-        self.register_buffer("weight", _unsigned(layer.weight))
-        self.register_buffer("scale", layer.scale[:, 0].float())
-        self.register_buffer("zero_point", _unsigned(NONE if layer.zero_point is None else layer.zero_point[:, 0]))
-        self.register_buffer("bias", layer.bias)
 
     def stored(self, input: Tensor) -> Tensor:
         operands = [input, self.input_scale, self.input_zero_point]
@@ -147,6 +170,32 @@ class _Product(_Static):
         operands = [self.stored(input), self.weight, *grids, *_trimmed([self.bias])]
         shape = [*input.shape[:-1], self.weight.shape[1]]
         return _node(f"{MICROSOFT}::MatMulIntegerToFloat", operands, input.dtype, shape)
+
+
+class _Dynamic(_Stored):
+    """A linear layer whose input is rounded by the scale of each token: MatMulIntegerToFloat on numbers around 0.
+
+    The kernel takes one scale for all activations, so the tokens' own are multiplied in afterwards, and only then comes
+    the bias, which ONNX Runtime adds in the activation or norm that follows.
+    """
+
+    one: Tensor
+    centre: Tensor
+
+    def __init__(self, layer: QuantizedLinear) -> None:
+        super().__init__(layer)
+        self.weight = self.weight.t().contiguous()
+        self.register_buffer("one", torch.ones(()))
+        self.register_buffer("centre", _unsigned(NONE))
+
+    def forward(self, input: Tensor) -> Tensor:
+        largest = torch.maximum(input.amax(-1, keepdim=True), -input.amin(-1, keepdim=True))
+        scale = (largest / 127.5).clamp(min=SMALLEST_SCALE)
+        stored = _node("QuantizeLinear", [input / scale, self.one, self.centre], torch.uint8, input.shape)
+        operands = [stored, self.weight, self.one, self.scale, self.centre, self.zero_point]
+        shape = [*input.shape[:-1], self.weight.shape[1]]
+        product = _node(f"{MICROSOFT}::MatMulIntegerToFloat", operands, input.dtype, shape) * scale
+        return product if self.bias is None else product + self.bias
 
 
 class _Convolution(_Static):
@@ -220,10 +269,9 @@ def _attention(
     heads, dim = query.shape[1], query.shape[-1]
     scale = dim**-0.5 if scaling is None else float(scaling)
     shared = heads // key.shape[1]
-    operands = [
-        part.transpose(1, 2).flatten(2)
-        for part in (query, key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1))
-    ]
+    if shared > 1:
+        key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
+    operands = [part.transpose(1, 2).flatten(2) for part in (query, key, value)]
     shape = [*operands[0].shape[:2], heads * value.shape[-1]]
     mask = _trimmed([None, None, attention_mask])
     attributes = {"num_heads": heads, "scale": scale}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import numpy.typing as npt
 
 from optkit.backends import TensorSession
 from optkit.errors import DamagedError
-from optkit.steps import TensorSpec
+from optkit.steps import KernelTime, TensorSpec
 from optkit_backends.onnxruntime.files import GRAPH, TensorFacts
 from optkit_backends.onnxruntime.loading import load
+from optkit_backends.onnxruntime.trace import kernel_times
 
 __all__ = ["OnnxTensorSession"]
 
@@ -35,7 +37,9 @@ class OnnxTensorSession(TensorSession):
     def __init__(self, directory: Path, *, threads: int, spin: bool) -> None:
         facts = TensorFacts.read(directory)
         graph = directory / GRAPH
-        self._session: Any = load(graph, threads=threads, spin=spin)
+        self._graph = graph
+        self._how: dict[str, Any] = {"threads": threads, "spin": spin}
+        self._session: Any = load(graph, **self._how)
         self.inputs = {value.name: _spec(value) for value in self._session.get_inputs()}
         self.outputs = {value.name: _spec(value) for value in self._session.get_outputs()}
         found = [list(self.inputs), list(self.outputs)]
@@ -43,8 +47,17 @@ class OnnxTensorSession(TensorSession):
             raise DamagedError("has other inputs and outputs than were written", where=str(graph), found=found)
 
     def run(self, inputs: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, npt.NDArray[np.generic]]:
-        feed = {name: inputs[name] for name in self.inputs}
-        return dict(zip(self.outputs, self._session.run(None, feed), strict=True))
+        return dict(zip(self.outputs, self._session.run(None, self._feed(inputs)), strict=True))
+
+    def profile(self, inputs: Mapping[str, npt.NDArray[np.generic]]) -> list[KernelTime]:
+        with tempfile.TemporaryDirectory() as scratch:
+            session = load(self._graph, **self._how, trace=Path(scratch) / "trace")
+            for _ in range(2):  # the first run makes room
+                session.run(None, self._feed(inputs))
+            return kernel_times(Path(session.end_profiling()), self._graph, runs=1)
+
+    def _feed(self, inputs: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, npt.NDArray[np.generic]]:
+        return {name: inputs[name] for name in self.inputs}
 
     def close(self) -> None:
         self._session = None

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
 from optkit.steps import KernelTime
 from optkit_backends.onnxruntime import kernel_name
 
-__all__ = ["kernel_times"]
+__all__ = ["PRODUCTS", "kernel_times"]
 
 # These read some rows of their constants, not all.
 LOOKUPS = frozenset({"Gather", "GatherBlockQuantized", "GroupQueryAttention"})
+CONVOLUTIONS = frozenset({"Conv", "FusedConv", "QLinearConv", "ConvInteger"})
+PRODUCTS = CONVOLUTIONS | {
+    *("Gemm", "MatMul", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits", "QGemm", "QLinearMatMul"),
+}
 SUFFIX = "_kernel_time"
 
 
@@ -29,18 +35,30 @@ def kernel_times(trace: Path, graph: Path, runs: int) -> list[KernelTime]:
     start = sorted(event["ts"] for event in events if event["name"] == "model_run")[-runs]
     nodes = {str(node.name): node for node in ir.load(graph).graph}
     kernels = (e for e in events if e["cat"] == "Node" and e["name"].endswith(SUFFIX) and e["ts"] >= start)
-    return [
-        _time(event["name"].removesuffix(SUFFIX), event["args"]["op_name"], event["dur"] / 1e6, nodes)
-        for event in sorted(kernels, key=lambda event: event["ts"])
-    ]
+    return [_time(event, nodes) for event in sorted(kernels, key=lambda event: event["ts"])]
 
 
-def _time(name: str, kernel: str, seconds: float, nodes: dict[str, ir.Node]) -> KernelTime:
+def _time(event: dict[str, Any], nodes: dict[str, ir.Node]) -> KernelTime:
+    name, kernel, seconds = event["name"].removesuffix(SUFFIX), event["args"]["op_name"], event["dur"] / 1e6
     node = nodes.get(name)  # the optimizer makes nodes of its own
     if node is None:
         return KernelTime(name, kernel, seconds)
     if kernel == "MatMulNBits":
         kernel = kernel_name(node.attributes.get_int("bits", 0), node.attributes.get_int("accuracy_level", 0))
-    constants = [value.const_value for value in node.inputs if value is not None]
-    size = sum(constant.nbytes for constant in constants if constant is not None)
-    return KernelTime(name, kernel, seconds, 0 if node.op_type in LOOKUPS else size)
+    constants = [value.const_value for value in node.inputs if value is not None and value.const_value is not None]
+    size = 0 if node.op_type in LOOKUPS else sum(constant.nbytes for constant in constants)
+    return KernelTime(name, kernel, seconds, size, _operations(node, event["args"]["output_type_shape"]))
+
+
+def _operations(node: ir.Node, outputs: list[dict[str, list[int]]]) -> int:
+    """Of a product with weights."""
+    shapes = [value.const_value.shape.numpy() for value in node.inputs if value is not None and value.const_value]
+    weights = [shape for shape in shapes if len(shape) > 1]
+    if node.op_type not in PRODUCTS or not weights:
+        return 0
+    [output] = outputs[0].values()
+    if node.op_type == "MatMulNBits":
+        each = node.attributes.get_int("K", 0)
+    else:
+        each = math.prod(weights[0]) // (output[1] if node.op_type in CONVOLUTIONS else output[-1])
+    return 2 * math.prod(output) * each

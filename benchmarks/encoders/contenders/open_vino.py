@@ -1,0 +1,50 @@
+"""OpenVINO with int8 by NNCF, as its documentation says for transformers: weights and activations, with calibration.
+
+Usage: python open_vino.py SEQUENCES GRAPH CALIBRATION; in an environment with openvino and nncf
+
+GRAPH is the float model as `exported.py` writes it, CALIBRATION a JSON list of token ids that share no text with
+SEQUENCES. Everything that is not named here is as NNCF and OpenVINO have it.
+Document: https://docs.openvino.ai/2026/openvino-workflow/model-optimization-guide/quantizing-models-post-training.html
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import nncf
+import numpy as np
+import openvino
+from turns import Floats, Integers, sequences, sorted_batches, take_turns
+
+
+def quantized(graph: Path, calibration: Path) -> Any:
+    file = graph.with_suffix(".int8.xml")
+    core = openvino.Core()
+    if not file.is_file():
+        samples = [np.array([ids], np.int64) for ids in json.loads(calibration.read_text())]
+        inputs = [{"input_ids": ids, "attention_mask": np.ones_like(ids)} for ids in samples]
+        model = nncf.quantize(
+            core.read_model(graph), nncf.Dataset(inputs), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(inputs)
+        )
+        openvino.save_model(model, file)
+    hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": len(os.sched_getaffinity(0))}
+    return core.compile_model(core.read_model(file), "CPU", hints)
+
+
+def main() -> None:
+    rows, compiled = sequences(), quantized(Path(sys.argv[2]), Path(sys.argv[3]))
+
+    def run(ids: Integers, mask: Integers) -> Floats:
+        found: Floats = compiled({"input_ids": ids, "attention_mask": mask})[0]
+        return found
+
+    about = {"openvino": openvino.__version__, "nncf": nncf.__version__}
+    take_turns(lambda: sorted_batches(rows, run), about)
+
+
+if __name__ == "__main__":
+    main()
