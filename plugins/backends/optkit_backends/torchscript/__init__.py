@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from optkit.backends import Backend, Lowering, TensorSession, TokenSession
 from optkit.model import Model, ModelCard
 from optkit.steps import Limits
-from optkit.weights import CAUSAL_LM, FEATURE_EXTRACTION
+from optkit.weights import FEATURE_EXTRACTION
+from optkit_backends.graphs.lowering import graph_lowering
 
 __all__ = ["TorchScript"]
-
-ACTIVATIONS = re.compile(r"activations:(int8|fp8)-(dynamic|static)(-asym)?")
-CACHES = ("kv:int8-head", "kv:int8-tensor")
-LINEAR = "aten::linear in float32"
 
 
 class TorchScript(Backend):
@@ -40,13 +36,8 @@ class TorchScript(Backend):
         return None  # torch is a dependency of optkit itself
 
     def lowering(self, tags: frozenset[str]) -> Mapping[str, Lowering]:
-        lowered = {tag: _weights(tag) for tag in sorted(tags | {"weights:float"}) if tag.startswith("weights:")}
-        lowered |= {tag: _activations(tag) for tag in sorted(tags) if tag.startswith("activations:")}
-        lowered |= {tag: _cache(tag) for tag in sorted(tags) if tag.startswith("kv:")}
-        if not tags & {CAUSAL_LM, FEATURE_EXTRACTION}:
-            task = next((tag for tag in sorted(tags) if tag.startswith("task:")), "task:unknown")
-            lowered[task] = _impossible("only causal language models and encoders run on it")
-        return lowered
+        reason = "dequantized when compiled, so that the archive holds float32"
+        return graph_lowering(tags, "aten::linear in float32", reason)
 
     def runtime_bytes(self, card: ModelCard, weight_bytes: int) -> int:
         # The float weights that are traced and those of the archive, which is written from memory.
@@ -61,43 +52,12 @@ class TorchScript(Backend):
             compile_decoder(model.module, directory)
 
     def open(self, runtime: Path, weights: Path, limits: Limits) -> TokenSession | TensorSession:
-        from optkit_backends.torchscript.files import TensorFacts
+        from optkit_backends.torchscript.files import ArchivedTensors
 
-        if (runtime / TensorFacts.FILE).exists():
+        if (runtime / ArchivedTensors.FILE).exists():
             from optkit_backends.torchscript.tensors import TorchScriptTensorSession
 
             return TorchScriptTensorSession(runtime)
         from optkit_backends.torchscript.session import TorchScriptSession
 
         return TorchScriptSession(runtime, limits)
-
-
-def _weights(tag: str) -> Lowering:
-    if tag == "weights:float":
-        return Lowering(LINEAR, native=True, tolerance=1e-5)
-    if tag.startswith("weights:bnb-"):
-        return _impossible("bitsandbytes' operators cannot be traced; use the torch backend")
-    reason = "dequantized when compiled, so that the archive holds float32"
-    return Lowering(LINEAR, native=False, tolerance=1e-5, reason=reason)
-
-
-def _activations(tag: str) -> Lowering:
-    match = ACTIVATIONS.fullmatch(tag)
-    if match is None:
-        return _impossible("it rounds activations to int8 or fp8, by token or by calibration")
-    reason = "rounded in float32: quality is that of the artifact, speed is not"
-    # Numbers next to a half round to the other neighbour where sums go in another order.
-    return Lowering(f"inputs rounded to {match[1]} in float32", native=False, tolerance=0.02, reason=reason)
-
-
-def _cache(tag: str) -> Lowering:
-    if tag not in CACHES:
-        return _impossible(
-            "it keeps keys and values as float32 or int8; torch.jit cannot record how fp8 is read as bytes"
-        )
-    # As above.
-    return Lowering("paged attention over int8 blocks, dequantized when read", native=True, tolerance=0.02)
-
-
-def _impossible(reason: str) -> Lowering:
-    return Lowering("", native=False, reason=reason)

@@ -5,56 +5,35 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from optkit.errors import DamagedError
-from optkit_backends.recorded import Recorded
+from optkit_backends.graphs.facts import DecoderFacts, TensorFacts
+from optkit_backends.graphs.timing import Profiled
 
-__all__ = ["ARCHIVE", "DecoderFacts", "TensorFacts", "load", "quiet", "running"]
+__all__ = ["ARCHIVE", "PROFILED", "ArchivedDecoder", "ArchivedTensors", "load", "quiet", "running"]
+
+PROFILED = Profiled(("aten::",), frozenset({"aten::linear"}))
+"""What torch's profiler calls what runs."""
 
 ARCHIVE = "model.pt"
 
 
-class _Recorded(Recorded):
-    FORMAT: ClassVar[int] = 1
+class ArchivedDecoder(DecoderFacts):
+    """Of the archive of a decoder."""
+
+    FORMAT: ClassVar[int] = 2
     FILES: ClassVar[tuple[str, ...]] = (ARCHIVE,)
 
 
-@dataclass(frozen=True, slots=True)
-class DecoderFacts(_Recorded):
-    """What `open` needs of a decoder besides the archive."""
+class ArchivedTensors(TensorFacts):
+    """Of the archive of any other model."""
 
-    FILE: ClassVar[str] = "session.json"
-
-    torch: str
-    """The version that wrote the archive."""
-    layers: list[tuple[int, int, int, str]]
-    """Heads, numbers of a key, numbers of a value, and their dtype, of what each layer keeps."""
-    windows: list[int | None]
-    """The different windows of its layers, in the order of the masks."""
-    linears: list[tuple[str, int]]
-    """Paths of the linear layers and bytes of their weights, in the order in which they run."""
-    vocab_size: int
-    longest: int | None
-    """Tokens beyond which rotary angles would not be those of the archive."""
-
-
-@dataclass(frozen=True, slots=True)
-class TensorFacts(_Recorded):
-    """What `open` needs of any other model besides the archive."""
-
-    FILE: ClassVar[str] = "tensors.json"
-
-    torch: str
-    """The version that wrote the archive."""
-    inputs: dict[str, tuple[str, list[int | None]]]
-    """By name, dtype and shape."""
-    outputs: dict[str, tuple[str, list[int | None]]]
-    """Likewise, in the order in which they come."""
+    FORMAT: ClassVar[int] = 1
+    FILES: ClassVar[tuple[str, ...]] = (ARCHIVE,)
 
 
 def load(directory: Path, written_by: str) -> Any:

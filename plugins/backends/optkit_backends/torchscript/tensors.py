@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import numpy as np
-import numpy.typing as npt
-import torch
+from torch import Tensor
 
-from optkit.backends import TensorSession
-from optkit.steps import TensorSpec
-from optkit_backends.torchscript.files import TensorFacts, load, running
+from optkit_backends.graphs.session import GraphTensorSession
+from optkit_backends.graphs.timing import Profiled
+from optkit_backends.torchscript.files import PROFILED, ArchivedTensors, load, running
 
 __all__ = ["TorchScriptTensorSession"]
 
 
-class TorchScriptTensorSession(TensorSession):
+class TorchScriptTensorSession(GraphTensorSession):
     """Runs what `compile_encoder` or `compile_tensors` wrote; see `optkit.backends.TensorSession`.
 
     Raises:
         DamagedError: a file is missing, cut short, or not what was written.
     """
 
-    def __init__(self, directory: Path) -> None:
-        facts = TensorFacts.read(directory)
-        self._module: Any = load(directory, facts.torch)
-        self.inputs = {name: TensorSpec(dtype, tuple(shape)) for name, (dtype, shape) in facts.inputs.items()}
-        self.outputs = {name: TensorSpec(dtype, tuple(shape)) for name, (dtype, shape) in facts.outputs.items()}
+    PROFILED: ClassVar[Profiled] = PROFILED
 
-    def run(self, inputs: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, npt.NDArray[np.generic]]:
+    def __init__(self, directory: Path) -> None:
+        facts = ArchivedTensors.read(directory)
+        self._module: Any = load(directory, facts.torch)
+        super().__init__(facts.inputs, facts.outputs)
+
+    def _call(self, inputs: tuple[Tensor, ...]) -> Sequence[Tensor]:
         with running():
-            found = self._module(*(torch.from_numpy(inputs[name]) for name in self.inputs))
-        return {name: tensor.numpy() for name, tensor in zip(self.outputs, found, strict=True)}
+            found: tuple[Tensor, ...] = self._module(*inputs)
+        return found
 
     def close(self) -> None:
         self._module = None

@@ -1,0 +1,112 @@
+"""Exports models with sizes of any kind, compiles them into packages, and checks these for other sizes."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optkit.errors import RecipeError
+from optkit_backends.aot_inductor.files import PACKAGE, PackagedDecoder, PackagedTensors, load, made_here
+from optkit_backends.graphs.checking import check_sizes
+from optkit_backends.graphs.decoder import OTHER_SIZES, DecoderGraph
+from optkit_backends.graphs.inductor import OPTIONS, keeping_in, quiet, sizes_of_any_kind
+from optkit_backends.graphs.tensors import TensorGraph
+
+__all__ = ["compile_decoder", "compile_encoder", "compile_tensors"]
+
+
+def compile_decoder(module: Any, directory: Path) -> None:
+    """Write the package of one step of a causal language model, and its facts.
+
+    Args:
+        module: of transformers. It stays as it is.
+        directory: exists and is empty.
+
+    Raises:
+        RecipeError: its attention is none that can be paged, or something of it cannot be exported or compiled.
+    """
+    graph = DecoderGraph.of(module)
+    _package(graph.step, graph.inputs(), graph.dynamic(), graph.name, directory)
+    facts = PackagedDecoder(**graph.facts(), **made_here())
+    _check(graph.step, facts, (graph.inputs(sizes) for sizes in OTHER_SIZES), graph.name, directory)
+
+
+def compile_encoder(module: Any, directory: Path) -> None:
+    """Write the package of a transformers encoder, and its facts; see `TensorGraph.encoder`.
+
+    Args:
+        module: an encoder without a head. It stays as it is.
+        directory: exists and is empty.
+
+    Raises:
+        RecipeError: something of it cannot be exported or compiled.
+    """
+    _compile(TensorGraph.encoder(module), directory)
+
+
+def compile_tensors(
+    module: nn.Module,
+    example: Mapping[str, Tensor],
+    directory: Path,
+    *,
+    dynamic: Mapping[str, Sequence[int]] | None = None,
+) -> None:
+    """Write the package of a module that maps tensors to tensors, and its facts.
+
+    Args:
+        module: in evaluation mode. It returns a tensor, which becomes the output `output`, or a mapping or tuple of
+            tensors. It stays as it is.
+        example: what it can be called with, by name: these become the inputs, in this order.
+        directory: exists and is empty.
+        dynamic: the axes of each input whose size may change; by default the first, which is the batch.
+
+    Raises:
+        RecipeError: something of it cannot be exported or compiled.
+    """
+    _compile(TensorGraph.of(module, example, dynamic), directory)
+
+
+def _compile(graph: TensorGraph, directory: Path) -> None:
+    _package(graph.module, graph.inputs(), graph.dynamic(), graph.name, directory)
+    facts = PackagedTensors(**graph.facts(), **made_here())
+    _check(graph.module, facts, [graph.inputs(2), graph.least()], graph.name, directory)
+
+
+def _package(
+    module: nn.Module, example: tuple[Tensor, ...], dynamic: Sequence[Sequence[int]], name: str, directory: Path
+) -> None:
+    sizes = tuple(dict.fromkeys(axes, torch.export.Dim.AUTO) for axes in dynamic)
+    try:
+        with torch.no_grad(), quiet(), sizes_of_any_kind():
+            program = torch.export.export(module, example, dynamic_shapes=(sizes,))
+    except Exception as error:  # whatever the module's own code raises where it meets what is traced
+        raise _impossible("torch.export cannot record it", name, error) from error
+    try:
+        # Inductor's own directory would keep a copy of the weights.
+        with tempfile.TemporaryDirectory(dir=directory) as scratch, keeping_in(Path(scratch)), quiet():
+            torch._inductor.aoti_compile_and_package(
+                program, package_path=str(directory / PACKAGE), inductor_configs=dict(OPTIONS)
+            )
+    except Exception as error:  # of many kinds, by what inductor or the C++ compiler cannot do
+        raise _impossible("inductor cannot compile it", name, error) from error
+
+
+def _check(
+    module: nn.Module,
+    facts: PackagedDecoder | PackagedTensors,
+    others: Iterable[tuple[Tensor, ...]],
+    name: str,
+    directory: Path,
+) -> None:
+    check_sizes(module, load(directory, facts), others, name, "what inductor compiled")
+    facts.write(directory)
+
+
+def _impossible(what: str, name: str, error: Exception) -> RecipeError:
+    reason = str(error).strip().partition("\n")[0]
+    return RecipeError(f"{what} ({reason})", where=name, remedy="choose another backend")

@@ -1,0 +1,63 @@
+"""What becomes of weight formats in graphs that are compiled in float32."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from optkit.backends import Lowering
+from optkit.weights import CAUSAL_LM, FEATURE_EXTRACTION
+
+__all__ = ["graph_lowering"]
+
+ACTIVATIONS = re.compile(r"activations:(int8|fp8)-(dynamic|static)(-asym)?")
+CACHES = ("kv:int8-head", "kv:int8-tensor")
+
+
+def graph_lowering(tags: frozenset[str], linear: str, dequantized: str) -> Mapping[str, Lowering]:
+    """For each tag of a format the kernel that will run it or why none can.
+
+    Args:
+        tags: of a model.
+        linear: the kernel of linear layers.
+        dequantized: when integer weights are, and what that costs.
+    """
+    lowered = {
+        tag: _weights(tag, linear, dequantized)
+        for tag in sorted(tags | {"weights:float"})
+        if tag.startswith("weights:")
+    }
+    lowered |= {tag: _activations(tag) for tag in sorted(tags) if tag.startswith("activations:")}
+    lowered |= {tag: _cache(tag) for tag in sorted(tags) if tag.startswith("kv:")}
+    if not tags & {CAUSAL_LM, FEATURE_EXTRACTION}:
+        task = next((tag for tag in sorted(tags) if tag.startswith("task:")), "task:unknown")
+        lowered[task] = _impossible("only causal language models and encoders run on it")
+    return lowered
+
+
+def _weights(tag: str, linear: str, dequantized: str) -> Lowering:
+    if tag == "weights:float":
+        return Lowering(linear, native=True, tolerance=1e-5)
+    if tag.startswith("weights:bnb-"):
+        return _impossible("bitsandbytes' operators cannot be traced; use the torch backend")
+    return Lowering(linear, native=False, tolerance=1e-5, reason=dequantized)
+
+
+def _activations(tag: str) -> Lowering:
+    match = ACTIVATIONS.fullmatch(tag)
+    if match is None:
+        return _impossible("it rounds activations to int8 or fp8, by token or by calibration")
+    reason = "rounded in float32: quality is that of the artifact, speed is not"
+    # Numbers next to a half round to the other neighbour where sums go in another order.
+    return Lowering(f"inputs rounded to {match[1]} in float32", native=False, tolerance=0.02, reason=reason)
+
+
+def _cache(tag: str) -> Lowering:
+    if tag not in CACHES:
+        return _impossible("it keeps keys and values as float32 or int8; how fp8 is read as bytes cannot be traced")
+    # As above.
+    return Lowering("paged attention over int8 blocks, dequantized when read", native=True, tolerance=0.02)
+
+
+def _impossible(reason: str) -> Lowering:
+    return Lowering("", native=False, reason=reason)
