@@ -22,6 +22,17 @@ BACKENDS = [Torch(), TorchScript(), OnnxRuntime(threads=1), OnnxRuntime(threads=
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
+def test_openvino_conforms(bits, tiny_bert):
+    pytest.importorskip("openvino")
+    from optkit_backends.openvino import OpenVINO
+
+    model = tiny_bert()
+    if bits is not None:
+        model = RTN(bits=bits, granularity="group", group_size=32).apply(model, context(texts()))
+    check_backend(OpenVINO(threads=1), model)
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
 @pytest.mark.parametrize("kind", ["decoder", "encoder"])
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: type(backend).__name__)
 def test_backends_conform(backend, kind, bits, tiny_llama, tiny_bert):
