@@ -57,7 +57,12 @@ class Backend(Options):
 
     @abstractmethod
     def unavailable(self) -> str | None:
-        """What is missing on this machine and how to get it, or None. Imports nothing heavy."""
+        """What is missing on this machine to compile and to open, and how to get it, or None. Imports nothing heavy."""
+
+    def uncompilable(self) -> str | None:
+        """What is missing on this machine to compile and how to get it, or None: what `open` can do without. Imports
+        nothing heavy."""
+        return None
 
     @abstractmethod
     def lowering(self, tags: frozenset[str]) -> Mapping[str, Lowering]:

@@ -184,7 +184,10 @@ class Plugins:
         """Why this offer cannot be used here, or None."""
         try:
             target = self.get(offer.kind, offer.name)
-            return target().unavailable() if issubclass(target, Backend) else None
+            if not issubclass(target, Backend):
+                return None
+            backend = target()
+            return backend.unavailable() or backend.uncompilable()
         except OptkitError as error:
             return str(error)
 

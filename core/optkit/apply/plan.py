@@ -201,7 +201,7 @@ def _fold(recipe: Recipe, card: ModelCard) -> tuple[PlannedStep, ...]:
 
 def _lower(recipe: Recipe, tags: frozenset[str]) -> dict[str, Lowering]:
     backend: Backend = recipe.backend.options
-    missing = backend.unavailable()
+    missing = backend.unavailable() or backend.uncompilable()
     if missing is not None:
         raise MissingError(f"backend {recipe.backend.name!r} {missing}", where=recipe.document.where("backend"))
     lowering = dict(backend.lowering(tags))

@@ -56,7 +56,7 @@ def check_backend(backend: Backend, model: Model, *, tolerance: float | None = N
     Raises:
         AssertionError: what is wrong, in one line.
     """
-    missing = backend.unavailable()
+    missing = backend.unavailable() or backend.uncompilable()
     assert missing is None, f"it is not available: {missing}"
     allowed = _check_lowering(backend, model)
     before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}

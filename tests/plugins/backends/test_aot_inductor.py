@@ -15,6 +15,7 @@ from torch import nn
 
 from optkit import hardware
 from optkit.errors import DamagedError, MachineError, RecipeError
+from optkit.plugins import Plugins
 from optkit.steps import Limits, Row, StepPlan, TensorSpec
 from optkit.testing import check_backend
 from optkit_backends.aot_inductor import AOTInductor
@@ -25,7 +26,7 @@ from tests.calibrating import context, texts
 
 BACKEND = AOTInductor()
 LIMITS = Limits(max_batch_size=4, max_length=64)
-REASON = BACKEND.unavailable()
+REASON = BACKEND.uncompilable()
 compiles = pytest.mark.skipif(REASON is not None, reason=REASON or "")
 pytestmark = pytest.mark.timeout(1800)
 
@@ -72,7 +73,8 @@ def test_opening_needs_neither_compiler_nor_transformers(small, tmp_path):
     code = (
         "import sys; import numpy as np; from pathlib import Path; from optkit.steps import Limits;"
         "from optkit_backends.aot_inductor import AOTInductor;"
-        f"folder = Path({str(small[1])!r}); backend = AOTInductor(); assert backend.unavailable();"
+        f"folder = Path({str(small[1])!r}); backend = AOTInductor();"
+        "assert backend.uncompilable() and not backend.unavailable();"
         "session = backend.open(folder, folder, Limits(1, 8));"
         "print(session.run({'image': np.ones((1, 8), np.float32)})['output'].shape);"
         "assert 'transformers' not in sys.modules"
@@ -145,9 +147,10 @@ def test_lowering_says_which_kernel_runs_or_why_none_can():
 
 def test_without_a_compiler_it_says_what_to_install(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
-    assert BACKEND.unavailable() == (
-        "inductor needs a C++ compiler, and there is no no-such-compiler; install it, or set CXX to one"
-    )
+    expected = "needs a C++ compiler, and there is no no-such-compiler; install it, or set CXX to one"
+    assert (BACKEND.unavailable(), BACKEND.uncompilable()) == (None, expected)
+    plugins = Plugins.load(third_party=False)
+    assert plugins.state(plugins.find("backend", "aot_inductor")) == expected
 
 
 TRANSFORMS = {

@@ -245,9 +245,25 @@ def asked(prompt, tokens=90):
     return EngineRequest(prompt, tokens, frozenset(), Sampling())
 
 
+class Stepping:
+    """The runtime's own pipeline, with something to do before each step."""
+
+    def __init__(self, pipeline, before):
+        self._pipeline, self._before = pipeline, before
+
+    def __getattr__(self, name):
+        return getattr(self._pipeline, name)
+
+    def step(self):
+        self._before()
+        self._pipeline.step()
+
+
 def test_closing_ends_what_is_open(llama):
     async def main():
         session = BACKEND.open(llama[1], llama[1], LIMITS)
+        # So that no stream comes to its end by itself.
+        session._pipeline = Stepping(session._pipeline, lambda: time.sleep(0.1))
         streams = [session.submit(asked(prompt)) for prompt in PROMPTS]
         assert all([await anext(stream) >= 0 for stream in streams[:2]])
         await asyncio.to_thread(session.close)
@@ -263,19 +279,12 @@ def test_closing_ends_what_is_open(llama):
 
 
 def test_a_step_that_raises_fails_every_request_and_all_after_it(session):
-    class Broken:
-        def __init__(self, pipeline):
-            self._pipeline = pipeline
-
-        def __getattr__(self, name):
-            return getattr(self._pipeline, name)
-
-        def step(self):
-            raise RuntimeError("no memory\nfor this")
+    def broken():
+        raise RuntimeError("no memory\nfor this")
 
     engine = StreamingEngine(session)
     try:
-        session._pipeline = Broken(session._pipeline)
+        session._pipeline = Stepping(session._pipeline, broken)
         engine.add(Request(PROMPTS[0], LONG))
         for _ in range(2):
             with pytest.raises(MachineError, match=r"^the engine failed \(no memory for this\)"):

@@ -89,7 +89,7 @@ def encoder(request, minilm, tmp_path_factory):
 def compiled(name: str, made: Prepared, folder: Path) -> tuple[Any, float]:
     """A backend that compiled a model, and the distance that it allows itself; skips what it says it cannot run."""
     backend = PLUGINS.get("backend", name)()
-    if reason := backend.unavailable():
+    if reason := backend.unavailable() or backend.uncompilable():
         pytest.skip(f"{name} {reason}")
     lowered = backend.lowering(made.model.tags)
     for tag, how in lowered.items():

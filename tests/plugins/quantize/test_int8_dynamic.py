@@ -84,6 +84,15 @@ def test_weights_and_activations_of_every_linear_but_the_head(tiny_llama):
     assert 0 < ((model.module(TOKENS).logits - exact).norm() / exact.norm()).item() < 0.03
 
 
+def test_seven_bits_take_a_byte_and_half_of_its_range(tiny_llama):
+    model = Int8Dynamic(bits=7).apply(tiny_llama(), CONTEXT)
+    layers = dict(quantized_layers(model.module))
+    assert {layer.scheme for layer in layers.values()} == {WeightScheme(7, None, True)}
+    assert {layer.weight.dtype for layer in layers.values()} == {torch.int8}
+    assert max(int(layer.weight.abs().max()) for layer in layers.values()) == 64
+    assert "weights:int7-channel" in model.tags
+
+
 def test_a_token_does_not_see_the_others(tiny_llama):
     module = Int8Dynamic().apply(tiny_llama(), CONTEXT).module
     alone = module(TOKENS[:, :5]).logits

@@ -32,6 +32,9 @@ class AOTInductor(Backend):
     """
 
     def unavailable(self) -> str | None:
+        return None  # torch is a dependency of optkit itself
+
+    def uncompilable(self) -> str | None:
         return compiler_missing()
 
     def lowering(self, tags: frozenset[str]) -> Mapping[str, Lowering]:

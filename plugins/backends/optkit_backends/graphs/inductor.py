@@ -24,7 +24,7 @@ def compiler_missing() -> str | None:
     name = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
     if shutil.which(name):
         return None
-    return f"inductor needs a C++ compiler, and there is no {name}; install it, or set CXX to one"
+    return f"needs a C++ compiler, and there is no {name}; install it, or set CXX to one"
 
 
 @contextmanager

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import re
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import openvino
 import torch
-from openvino.frontend import FrontEndManager
-from openvino.frontend.pytorch import ConversionExtension
 from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import Tensor, nn
 
 from optkit.errors import RecipeError
 from optkit_backends.openvino.files import GRAPH, TensorFacts
-from optkit_backends.openvino.layers import CONVERSIONS, make_exportable
+from optkit_backends.openvino.frontend import quiet, reader
+from optkit_backends.openvino.layers import make_exportable
 from optkit_backends.openvino.tensors import OpenVINOTensorSession
 from optkit_backends.positional import Positional, TextEncoder, outputs_of, shallow_copy, text_example
 
@@ -93,7 +89,7 @@ def _write(
 ) -> None:
     rounds = make_exportable(module)
     module = Positional(module, tuple(example)).eval()
-    with _quiet():
+    with quiet():
         model = _converted(module, name, tuple(example.values()))
     for given, names in ((model.inputs, example), (model.outputs, outputs)):
         for port, port_name in zip(given, names, strict=True):
@@ -110,16 +106,13 @@ def _write(
 
 
 def _converted(module: nn.Module, name: str, example: tuple[Tensor, ...]) -> Any:
-    # Not openvino.convert_model, which reports every call over the network unless its user has objected.
-    frontend = FrontEndManager().load_by_framework("pytorch")
-    for operator, conversion in CONVERSIONS.items():
-        frontend.add_extension(ConversionExtension(operator, conversion))
     try:
         with torch.no_grad():
             # The graph reads from the decoder while it is converted.
             decoder = TorchScriptPythonDecoder(
                 module, example_input=example, skip_freeze=True, trace_kwargs={"check_trace": False}
             )
+            frontend = reader()
             return frontend.convert(frontend.load(decoder))
     except Exception as error:  # of several kinds: whatever the module's own code raises where it meets what is traced
         lines = [line.lstrip("- ") for line in str(error).splitlines() if not _BOILERPLATE.match(line)]
@@ -169,19 +162,3 @@ def _repeated(tensor: Tensor, axes: Sequence[int]) -> Tensor:
     for axis in axes:
         tensor = torch.cat([tensor, tensor], axis)
     return tensor
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what torch and the frontend tell those who work on them."""
-    silent, level = logging.NullHandler(), logging.root.manager.disable
-    # The frontend logs to the root logger, which would get a handler for ever if it had none.
-    logging.root.addHandler(silent)
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-        logging.root.removeHandler(silent)

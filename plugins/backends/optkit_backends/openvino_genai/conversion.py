@@ -10,10 +10,7 @@ Document: https://docs.openvino.ai/2026/openvino-workflow/running-inference/infe
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +18,14 @@ import numpy as np
 import openvino
 import torch
 from openvino import opset13 as opset
-from openvino.frontend import FrontEndManager
-from openvino.frontend.pytorch import ConversionExtension
 from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from optkit.errors import RecipeError
-from optkit_backends.openvino.layers import CONVERSIONS, make_exportable
+from optkit_backends.openvino.frontend import quiet, reader
+from optkit_backends.openvino.layers import make_exportable
 from optkit_backends.openvino_genai.files import GRAPH, DecoderFacts
 from optkit_backends.positional import shallow_copy
 from optkit_backends.torch.pool import LayerShape
@@ -62,7 +58,7 @@ def compile_decoder(module: Any, directory: Path) -> None:
     exported = shallow_copy(module)
     make_exportable(exported)
     exported.set_attn_implementation(STATEFUL)
-    with _quiet():
+    with quiet():
         program = _exported(_Decoder(exported).eval(), paged.layers, name)
         model = _stateful(_converted(program, name), paged.layers)
     openvino.save_model(model, directory / GRAPH, compress_to_fp16=False)
@@ -152,13 +148,9 @@ def _exported(module: nn.Module, layers: Sequence[LayerShape], name: str) -> tor
 
 
 def _converted(program: torch.export.ExportedProgram, name: str) -> Any:
-    # Not openvino.convert_model, which tells its makers of every call over the network.
-    frontend = FrontEndManager().load_by_framework("pytorch")
-    for operator, conversion in CONVERSIONS.items():
-        # As torch.export spells what torch.jit calls `library::operator`.
-        frontend.add_extension(ConversionExtension(f"{operator.replace('::', '.')}.default", conversion))
     try:
         decoder = TorchFXPythonDecoder.from_exported_program(program)  # must outlive the conversion
+        frontend = reader(lambda operator: f"{operator.replace('::', '.')}.default")  # as torch.export has it
         return frontend.convert(frontend.load(decoder))
     except Exception as error:  # of several kinds, by what is missing
         raise _refused("openvino cannot convert it", name, error) from error
@@ -201,19 +193,3 @@ def _name(port: Any, name: str) -> None:
 def _refused(what: str, name: str, error: Exception) -> RecipeError:
     reason = str(error).strip().partition("\n")[0]
     return RecipeError(f"{what} ({reason})", where=name, remedy="choose another backend")
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without what torch and the frontend tell those who work on them."""
-    silent, level = logging.NullHandler(), logging.root.manager.disable
-    # The frontend logs to the root logger, which would get a handler for ever if it had none.
-    logging.root.addHandler(silent)
-    logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(level)
-        logging.root.removeHandler(silent)
