@@ -71,8 +71,9 @@ def _activations(tag: str) -> Lowering:
     if match is None:
         return Lowering("", native=False, reason="it rounds activations to int8 or fp8, by token or by calibration")
     reason = "rounded in float32: quality is that of the artifact, speed is not"
-    # Numbers next to a half round to the other neighbour where sums go in another order.
-    return Lowering(f"inputs rounded to {match[1]} in float32", native=False, tolerance=0.02, reason=reason)
+    # Numbers next to a half round to the other neighbour where sums go in another order, and each layer multiplies
+    # what the ones before tipped. MiniLM shows 0.07 in padded batches; twice that.
+    return Lowering(f"inputs rounded to {match[1]} in float32", native=False, tolerance=0.15, reason=reason)
 
 
 def _cache(tag: str) -> Lowering:
