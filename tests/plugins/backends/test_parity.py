@@ -126,8 +126,10 @@ def test_a_language_model_gives_its_own_logits(language_model, name, tmp_path):
                 blocks = tuple(range(-(-len(text) // session.caps.block_size)))
                 [found] = session.execute(StepPlan((Row(0, text, 0, blocks, "all"),))).logits
             assert distance(found, logits_of(language_model.model, text)) <= tolerance
-        if language_model.format != "float":
-            return  # integer kernels may choose the other of two tokens that are nearly as likely
+        if language_model.format != "float" or tolerance > 1e-3:
+            # Integer kernels, and llama.cpp's keys and values in float16, may choose the other of two tokens that are
+            # nearly as likely.
+            return
         with ExitStack() as stack:
             if isinstance(session, EngineSession):
                 engine = StreamingEngine(session)
