@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from itertools import count
 from typing import Any
 
@@ -17,6 +17,7 @@ from optkit.backends import TokenSession
 from optkit.batching import Batcher, Schedule
 from optkit.engine.admission import check_blocks, check_request
 from optkit.engine.execution import execute, said
+from optkit.engine.following import Followed
 from optkit.engine.memory import Memory
 from optkit.engine.request import Event, FinishReason, PromptFacts, Request, TokenLogprob
 from optkit.engine.rows import idle_row, row_of, score_prompt, wants_scores
@@ -36,7 +37,7 @@ Floats = npt.NDArray[np.float32]
 NOT_FINITE = "the model gave NaN or infinite logits"
 
 
-class Engine:
+class Engine(Followed):
     """Drives one session with one batcher, in the caller's thread. Token ids in, token ids out.
 
     ```python
@@ -149,21 +150,6 @@ class Engine:
             self.check()
         events, self._events = self._events, []
         return events
-
-    def stream(self, request: Request) -> Iterator[Event]:
-        """Add one request and yield its events as they come.
-
-        For an engine with one caller: other requests go on beside it, but their events are not kept for anybody.
-        """
-        identity = self.add(request)
-        last = False
-        while not last:
-            for event in self.step():
-                if event.request == identity:
-                    last = event.last
-                    yield event
-            if self.wait:
-                time.sleep(self.wait)
 
     def check(self) -> None:
         """Raise AssertionError if the KV cache and the requests alive do not add up."""

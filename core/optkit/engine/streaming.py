@@ -6,7 +6,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, fields
 from itertools import count
@@ -14,6 +14,7 @@ from itertools import count
 from optkit.backends import EngineRequest, EngineSession, Sampling
 from optkit.engine.admission import check_request
 from optkit.engine.execution import said
+from optkit.engine.following import Followed
 from optkit.engine.request import Event, FinishReason, PromptFacts, Request, SamplingParams
 from optkit.engine.stats import Stats
 from optkit.errors import MachineError, RequestError
@@ -52,7 +53,7 @@ class _Open:
     """Whether an event has brought what is known of its prompt."""
 
 
-class StreamingEngine:
+class StreamingEngine(Followed):
     """What `Engine` is to a `TokenSession`, to an `EngineSession`: token ids in, events out, in the caller's thread.
 
     The session runs in an event loop of its own, in a thread. `step` waits for the next token of any request, so that
@@ -145,19 +146,6 @@ class StreamingEngine:
                 self._take(self._news.get_nowait())
         events, self._events = self._events, []
         return events
-
-    def stream(self, request: Request) -> Iterator[Event]:
-        """Add one request and yield its events as they come.
-
-        For an engine with one caller: other requests go on beside it, but their events are not kept for anybody.
-        """
-        identity = self.add(request)
-        last = False
-        while not last:
-            for event in self.step():
-                if event.request == identity:
-                    last = event.last
-                    yield event
 
     def close(self) -> None:
         """Close every stream, and end the thread. Closing twice does nothing."""

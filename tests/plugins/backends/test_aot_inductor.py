@@ -23,6 +23,7 @@ from optkit_backends.aot_inductor.compiling import compile_tensors
 from optkit_quantize.kv_cache import KVCache
 from optkit_quantize.rtn import RTN
 from tests.calibrating import context, texts
+from tests.damaging import HARMS, damage
 
 BACKEND = AOTInductor()
 LIMITS = Limits(max_batch_size=4, max_length=64)
@@ -84,22 +85,12 @@ def test_opening_needs_neither_compiler_nor_transformers(small, tmp_path):
     assert done.stdout == "(1, 3)\n"
 
 
-@pytest.mark.parametrize("harm", ["cut", "gone", "garbage", "format", "facts"])
+@pytest.mark.parametrize("harm", HARMS)
 def test_damaged_files_are_refused_in_one_line(harm, small, tmp_path):
     for file in small[1].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     package, facts = tmp_path / "model.pt2", tmp_path / "tensors.json"
-    match harm:
-        case "cut":
-            package.write_bytes(package.read_bytes()[:-100])
-        case "gone":
-            package.unlink()
-        case "garbage":
-            package.write_bytes(b"x" * package.stat().st_size)
-        case "format":
-            facts.write_text(json.dumps(json.loads(facts.read_text()) | {"format": 99}))
-        case "facts":
-            facts.write_text("{")
+    damage(harm, package, facts)
     with pytest.raises(DamagedError) as raised:
         BACKEND.open(tmp_path, tmp_path, LIMITS)
     assert str(tmp_path) in str(raised.value)

@@ -31,6 +31,7 @@ from optkit_batching.static import Static
 from optkit_quantize.rtn import RTN
 from tests.architectures import SHAPE, other
 from tests.calibrating import context, texts
+from tests.damaging import HARMS, damage
 from tests.shaping import factored, narrow
 
 A, B = tuple(range(10, 50)), tuple(range(5, 18))
@@ -577,21 +578,11 @@ def test_profile_names_every_linear_layer(llama):
 
 
 @running
-@pytest.mark.parametrize("harm", ["cut", "gone", "garbage", "format", "facts"])
+@pytest.mark.parametrize("harm", HARMS)
 def test_damaged_files_are_refused_in_one_line(harm, tiny_llama, tmp_path, capfd):
     files = compiled(tiny_llama(), tmp_path / "runtime")
     model, facts = files / "model.gguf", files / "session.json"
-    match harm:
-        case "cut":
-            model.write_bytes(model.read_bytes()[:-100])
-        case "gone":
-            model.unlink()
-        case "garbage":
-            model.write_bytes(b"x" * model.stat().st_size)
-        case "format":
-            facts.write_text(json.dumps(json.loads(facts.read_text()) | {"format": 99}))
-        case "facts":
-            facts.write_text("{")
+    damage(harm, model, facts)
     with pytest.raises(DamagedError) as raised:
         BACKEND.open(files, files, LIMITS)
     assert str(tmp_path) in str(raised.value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from optkit_quantize.kv_cache import KVCache
 from optkit_quantize.rtn import RTN
 from tests.architectures import OTHERS, SHAPE, other
 from tests.calibrating import context, texts
+from tests.damaging import HARMS, damage
 
 A, B = tuple(range(10, 50)), tuple(range(5, 18))
 LIMITS = Limits(max_batch_size=4, max_length=64)
@@ -272,22 +272,12 @@ def test_angles_that_change_bound_the_length(tmp_path):
     BACKEND.open(files, files, Limits(1, 128)).close()
 
 
-@pytest.mark.parametrize("harm", ["cut", "gone", "garbage", "format", "facts"])
+@pytest.mark.parametrize("harm", HARMS)
 def test_damaged_files_are_refused_in_one_line(harm, bert, tmp_path):
     for file in bert[1].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     archive, facts = tmp_path / "model.pt", tmp_path / "tensors.json"
-    match harm:
-        case "cut":
-            archive.write_bytes(archive.read_bytes()[:-100])
-        case "gone":
-            archive.unlink()
-        case "garbage":
-            archive.write_bytes(b"x" * archive.stat().st_size)
-        case "format":
-            facts.write_text(json.dumps(json.loads(facts.read_text()) | {"format": 99}))
-        case "facts":
-            facts.write_text("{")
+    damage(harm, archive, facts)
     with pytest.raises(DamagedError) as raised:
         BACKEND.open(tmp_path, tmp_path, LIMITS)
     assert str(tmp_path) in str(raised.value)

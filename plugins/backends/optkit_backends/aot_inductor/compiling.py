@@ -59,11 +59,8 @@ def compile_tensors(
     """Write the package of a module that maps tensors to tensors, and its facts.
 
     Args:
-        module: in evaluation mode. It returns a tensor, which becomes the output `output`, or a mapping or tuple of
-            tensors. It stays as it is.
-        example: what it can be called with, by name: these become the inputs, in this order.
+        module, example, dynamic: see `TensorGraph.of`.
         directory: exists and is empty.
-        dynamic: the axes of each input whose size may change; by default the first, which is the batch.
 
     Raises:
         RecipeError: something of it cannot be exported or compiled.
