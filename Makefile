@@ -132,7 +132,7 @@ clean: ## remove what the targets made, .venv included
 
 .venv/.dev: .venv/.core
 	@echo "== Installing the test and lint tools into .venv"
-	@$(INSTALL) -e '.[bitsandbytes,onnxruntime,openvino,openvino-genai,serve,otel,test,lint]' || { $(pip_failed); exit 1; }
+	@$(INSTALL) -e '.[bitsandbytes,native,onnxruntime,openvino,openvino-genai,serve,otel,test,lint]' || { $(pip_failed); exit 1; }
 	@touch $@
 
 .venv/bin/python:

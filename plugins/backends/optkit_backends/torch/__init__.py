@@ -5,7 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
+from pydantic import Field
+
+from optkit import hardware
 from optkit.backends import Backend, Lowering, TensorSession, TokenSession
 from optkit.model import Model, ModelCard
 from optkit.steps import Limits
@@ -18,20 +22,38 @@ CACHES = re.compile(r"kv:(int8|fp8)-(head|tensor)")
 
 
 class Torch(Backend):
-    """Eager PyTorch in float32. Nothing is compiled; integer weights are dequantized when the session opens.
+    """PyTorch's own kernels in float32, or optkit's for decoders. The KV cache is paged, for any batching strategy.
 
-    The reference for quality and for other backends' parity. A quantized model takes the memory of the float one here,
-    and only its files are smaller. Where its activations are quantized too they are rounded, in float32, which makes it
-    slower here and not faster. Steps are packed, so layers see no padding, and the KV cache is paged in blocks of
-    16 tokens, so it runs any batching strategy. It takes every causal language model whose attention transformers lets
-    others replace, with a sliding window or without; others are refused when they are opened. Encoders run in padded
-    batches.
+    With `kernels: eager` nothing is compiled, and integer weights are dequantized when the session opens. It is the
+    reference for quality and for other backends' parity. A quantized model takes the memory of the float one, and only
+    its files are smaller. Where its activations are quantized too they are rounded, in float32, which makes it slower
+    and not faster. Steps are packed, so layers see no padding. It takes every causal language model whose attention
+    transformers lets others replace, with a sliding window or without; others are refused when they are opened.
+    Encoders run in padded batches.
+
+    With `kernels: native` one call into compiled code runs a whole step of a decoder of the Llama type (Llama, Mistral,
+    Qwen2, Qwen3, Gemma, Gemma 3): integer weights stay as they are stored, and int8 weights with int8 activations are
+    multiplied as integers, exactly. A row's logits are the same bits whatever else is in its step. The kernels are
+    built once, which takes a C++ compiler and half a minute.
     """
 
+    kernels: Literal["eager", "native"] = "eager"
+    """Whose kernels run decoders."""
+    threads: int | None = Field(default=None, ge=1)
+    """Of `native`: that share a step; by default as many as there are cores for this process."""
+
     def unavailable(self) -> str | None:
-        return None  # torch is a dependency of optkit itself
+        if self.kernels == "eager":
+            return None  # torch is a dependency of optkit itself
+        from optkit_backends.torch.native.building import missing
+
+        return missing()
 
     def lowering(self, tags: frozenset[str]) -> Mapping[str, Lowering]:
+        if self.kernels == "native":
+            from optkit_backends.torch.native.lowering import lowering
+
+            return lowering(tags)
         lowered = {"weights:float": Lowering("torch.nn.functional.linear in float32", native=True, tolerance=1e-5)}
         for tag in sorted(tag for tag in tags if tag.startswith("weights:bnb-")):
             lowered[tag] = _bitsandbytes(tag)
@@ -61,6 +83,10 @@ class Torch(Backend):
             from optkit_backends.torch.tensors import TorchTensorSession
 
             return TorchTensorSession(weights)
+        if self.kernels == "native":
+            from optkit_backends.torch.native.session import NativeSession
+
+            return NativeSession(weights, limits, threads=self.threads or hardware.usable_cores())
         from optkit_backends.torch.session import TorchSession
 
         return TorchSession(weights, limits)

@@ -1,0 +1,83 @@
+"""The kernels as a library: built at first use by torch's loader of extensions, and kept in optkit's cache."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import shutil
+import sys
+import sysconfig
+from contextlib import redirect_stdout
+from ctypes import POINTER, c_char_p, c_int, c_int64, c_void_p
+from pathlib import Path
+
+from optkit.errors import MachineError
+from optkit.locations import cache_root
+from optkit_backends.torch.native.layout import Linear, Model, Step
+
+__all__ = ["library", "missing"]
+
+_SOURCES = Path(__file__).with_name("csrc")
+# What changes no result but which of two neighbours a float is: errno of math functions, and floating-point traps.
+_FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+
+
+def missing() -> str | None:
+    """What must be installed so that the kernels can be built, or None. Imports nothing heavy."""
+    compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+    if shutil.which(compiler) is None:
+        return f"needs a C++ compiler, and there is no {compiler}; install it, set CXX to one, or take kernels: eager"
+    if shutil.which("ninja", path=_path()) is None:
+        return "needs ninja to build; pip install 'optkit[native]', or take kernels: eager"
+    return None
+
+
+def _path() -> str:
+    # Scripts of an environment that was not activated are on no path.
+    return os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The functions of `csrc/api.cpp`. Builds them if need be, which takes some 10 s.
+
+    Raises:
+        MachineError: they cannot be built.
+    """
+    from torch.utils import cpp_extension
+
+    sources = sorted(_SOURCES.iterdir())
+    name, folder = "optkit_native", cache_root() / "native"
+    folder.mkdir(parents=True, exist_ok=True)
+    before = os.environ.get("PATH", "")
+    os.environ["PATH"] = _path()
+    try:
+        with redirect_stdout(sys.stderr):
+            cpp_extension.load(
+                name,
+                [str(source) for source in sources if source.suffix == ".cpp"],
+                extra_cflags=_FLAGS,
+                extra_ldflags=["-pthread"],
+                build_directory=str(folder),
+                is_python_module=False,
+            )
+    except (RuntimeError, OSError) as error:
+        raise MachineError(
+            "the kernels cannot be built",
+            where=str(folder),
+            found=str(error).splitlines()[-1],
+            remedy="take kernels: eager",
+        ) from error
+    finally:
+        os.environ["PATH"] = before
+    found = ctypes.CDLL(str(folder / f"{name}.so"))
+    for function, result, arguments in (
+        ("optkit_instructions", c_char_p, []),
+        ("optkit_open", c_void_p, [POINTER(Model), c_int, c_int64, c_int]),
+        ("optkit_close", None, [c_void_p]),
+        ("optkit_step", c_int, [c_void_p, POINTER(Step)]),
+        ("optkit_product", c_int, [POINTER(Linear), c_void_p, c_int64, c_void_p, c_int]),
+    ):
+        getattr(found, function).restype, getattr(found, function).argtypes = result, arguments
+    return found

@@ -1,0 +1,162 @@
+// The functions that Python calls.
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <vector>
+
+#include "step.h"
+
+double seconds_now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+namespace {
+constexpr int64_t PER_THREAD = (256 + 120) * TILE;  // what products want of `scratch`; see weights.inc and step.inc
+
+struct Kernels {
+  const char* name;
+  void (*step)(Team*, const Model&, const Step&, const Buffers&, int);
+  void (*product)(Team*, const Linear&, const float*, int64_t, float*, const Buffers&);
+};
+
+constexpr Kernels PORTABLE = {"portable", step_portable, product_portable};
+
+const Kernels& fastest() {
+#if defined(__x86_64__)
+  static constexpr Kernels AVX2 = {"avx2", step_avx2, product_avx2};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
+#endif
+  return PORTABLE;
+}
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+// Memory that begins at a cache line, so that no two threads write one.
+class Arena {
+ public:
+  void begin() { next_ = 0; }
+
+  template <typename T>
+  T* take(int64_t count) {
+    size_t bytes = (count * sizeof(T) + 64) / 64 * 64;
+    if (next_ == parts_.size()) parts_.push_back({nullptr, 0});
+    auto& [memory, size] = parts_[next_++];
+    if (size < bytes) {
+      memory.reset(std::aligned_alloc(64, bytes));
+      size = memory ? bytes : 0;
+      if (!memory) throw std::bad_alloc();
+    }
+    return static_cast<T*>(memory.get());
+  }
+
+ private:
+  std::vector<std::pair<std::unique_ptr<void, Free>, size_t>> parts_;
+  size_t next_ = 0;
+};
+
+struct Decoder {
+  Model model;
+  std::vector<Layer> layers;
+  Team* team;
+  const Kernels* kernels;
+  int64_t max_length;
+  Arena arena;
+
+  Buffers buffers(int64_t tokens) {
+    int64_t ffn = 0, group = model.heads / model.kv_heads, wide = model.heads * model.head_dim;
+    for (const auto& layer : layers) ffn = std::max(ffn, layer.gate.out);
+    int64_t widest = std::max({ffn, wide, model.hidden}), few = model.kv_heads * model.head_dim;
+    Buffers b;
+    b.integer_width = (widest + 15) / 16 * 16;
+    int64_t rows = std::max<int64_t>(24, group), padded = (model.head_dim + 15) / 16 * 16;
+    b.scratch_size = rows * (model.head_dim + padded + max_length + 2 * BLOCK) + BLOCK * padded + PER_THREAD;
+    b.scratch_size = (b.scratch_size + 15) / 16 * 16;
+    arena.begin();
+    b.hidden = arena.take<float>(tokens * model.hidden);
+    b.given = arena.take<float>(tokens * model.hidden);
+    b.plain = arena.take<float>(tokens * widest);
+    b.rounded = arena.take<float>(tokens * widest);
+    b.integers = arena.take<int16_t>(tokens * b.integer_width);
+    b.scales = arena.take<float>(tokens);
+    b.query = arena.take<float>(tokens * wide);
+    b.key = arena.take<float>(tokens * few);
+    b.value = arena.take<float>(tokens * few);
+    b.gate = arena.take<float>(tokens * ffn);
+    b.up = arena.take<float>(tokens * ffn);
+    b.scratch = arena.take<float>(team_size(team) * b.scratch_size);
+    return b;
+  }
+};
+
+struct Call {
+  Decoder* decoder;
+  const Step* step;
+  Buffers buffers;
+};
+
+void run(void* given, int thread) {
+  auto* call = static_cast<Call*>(given);
+  call->decoder->kernels->step(call->decoder->team, call->decoder->model, *call->step, call->buffers, thread);
+}
+
+}  // namespace
+
+extern "C" {
+
+const char* optkit_instructions() { return fastest().name; }
+
+Decoder* optkit_open(const Model* model, int threads, int64_t max_length, int portable) {
+  try {
+    auto made = std::make_unique<Decoder>();
+    made->model = *model;
+    made->layers.assign(model->layers, model->layers + model->layer_count);
+    made->model.layers = made->layers.data();
+    made->kernels = portable ? &PORTABLE : &fastest();
+    made->max_length = max_length;
+    made->team = team_open(threads);
+    return made.release();
+  } catch (...) {
+    return nullptr;
+  }
+}
+
+void optkit_close(Decoder* decoder) {
+  team_close(decoder->team);
+  delete decoder;
+}
+
+// out[rows][layer->out] of in[rows][layer->in], by the caller's thread. 0, or 1 where memory is missing.
+int optkit_product(const Linear* layer, const float* in, int64_t rows, float* out, int portable) {
+  try {
+    Arena arena;
+    Buffers b = {};
+    b.integer_width = (layer->in + 15) / 16 * 16;
+    b.plain = arena.take<float>(rows * layer->in);
+    b.rounded = arena.take<float>(rows * layer->in);
+    b.integers = arena.take<int16_t>(rows * b.integer_width);
+    b.scales = arena.take<float>(rows);
+    b.scratch = arena.take<float>(PER_THREAD);
+    Team* team = team_open(1);
+    (portable ? PORTABLE : fastest()).product(team, *layer, in, rows, out, b);
+    team_close(team);
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+
+// 0, or 1 where memory is missing.
+int optkit_step(Decoder* decoder, const Step* step) {
+  try {
+    Call call = {decoder, step, decoder->buffers(step->token_count)};
+    team_run(decoder->team, run, &call);
+    return 0;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
+}

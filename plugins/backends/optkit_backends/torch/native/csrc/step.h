@@ -1,0 +1,27 @@
+// What a step works in, and the step itself, once for each instruction set.
+#pragma once
+#include "shapes.h"
+#include "team.h"
+
+// Room for one step of so many tokens; nothing in it outlives the step but the hidden state.
+struct Buffers {
+  float* hidden;      // [tokens][hidden]
+  float* given;       // [tokens][hidden]: what a part of a layer gave
+  float* plain;       // [tokens][widest input]
+  float* rounded;     // the same, rounded in floats
+  int16_t* integers;  // [tokens][integer_width]: rounded, less the zero point
+  float* scales;      // [tokens]
+  float *query, *key, *value, *gate, *up;
+  float* scratch;     // [threads][scratch_size]
+  int64_t integer_width, scratch_size;
+};
+
+double seconds_now();
+
+// A step, called by every thread of the team; and one product, by a team of one.
+void step_portable(Team*, const Model&, const Step&, const Buffers&, int thread);
+void product_portable(Team*, const Linear&, const float* in, int64_t rows, float* out, const Buffers&);
+#if defined(__x86_64__)
+void step_avx2(Team*, const Model&, const Step&, const Buffers&, int thread);
+void product_avx2(Team*, const Linear&, const float* in, int64_t rows, float* out, const Buffers&);
+#endif

@@ -1,0 +1,135 @@
+"""What the kernels take: the structs of `csrc/shapes.h`, and weights packed as their comments say."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from optkit.quantized import QuantizedLinear
+
+__all__ = ["TILE", "Layer", "Linear", "Model", "Step", "pack"]
+
+TILE = 16
+"""Output columns that are packed together, and tokens of a KV block."""
+_FLOAT32, _INT8, _INT4 = range(3)
+_KEPT, _SYMMETRIC, _SHIFTED, _FIXED = range(4)
+
+
+class Linear(ctypes.Structure):
+    _fields_ = (
+        ("weight", c_void_p),
+        ("scale", c_void_p),
+        ("zero", c_void_p),
+        ("bias", c_void_p),
+        ("in", c_int64),
+        ("out", c_int64),
+        ("group", c_int64),
+        ("storage", c_int32),
+        ("rounding", c_int32),
+        ("input_scale", c_float),
+        ("input_zero", c_float),
+    )
+
+
+class Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("input_norm", "attention_norm", "ffn_norm", "output_norm")),
+        *((name, c_void_p) for name in ("query_norm", "key_norm", "cosines", "sines")),
+        *((name, c_void_p) for name in ("keys", "values", "key_scale", "value_scale")),
+        *((name, Linear) for name in ("query", "key", "value", "out", "gate", "up", "down")),
+        ("window", c_int64),
+    )
+
+
+class Model(ctypes.Structure):
+    _fields_ = (
+        ("embedding", c_void_p),
+        ("norm", c_void_p),
+        ("layers", POINTER(Layer)),
+        ("head", Linear),
+        *((name, c_int64) for name in ("layer_count", "hidden", "heads", "kv_heads", "head_dim", "rotary_dim")),
+        *((name, c_int64) for name in ("ffn", "vocabulary", "blocks")),
+        *((name, c_float) for name in ("eps", "embedding_factor", "attention_factor", "logit_cap")),
+        ("gate", c_int32),
+    )
+
+
+class Step(ctypes.Structure):
+    _fields_ = (
+        *((name, c_void_p) for name in ("tokens", "starts", "computed", "table", "kept", "logits")),
+        ("seconds", POINTER(c_double)),
+        *((name, c_int64) for name in ("token_count", "row_count", "width", "kept_count")),
+    )
+
+
+def pack(layer: nn.Module, keep: list[Tensor]) -> Linear:
+    """A linear layer for the kernels.
+
+    Args:
+        layer: `torch.nn.Linear`, or `optkit.quantized.QuantizedLinear` of integers in groups of an even number of
+            features.
+        keep: gets the tensors that the struct points into, which must outlive it.
+    """
+
+    def pointer(tensor: Tensor | None) -> Any:
+        if tensor is None:
+            return None
+        keep.append(tensor.contiguous())
+        return keep[-1].data_ptr()
+
+    any_layer: Any = layer
+    weight, bias = any_layer.weight.detach(), any_layer.bias
+    out, features = weight.shape
+    made = Linear(None, None, None, None, features, out, features, _FLOAT32, _KEPT, 1.0, 0.0)
+    made.bias = pointer(None if bias is None else _columns(bias.detach().float()))
+    if not isinstance(layer, QuantizedLinear):
+        made.weight = pointer(_floats(weight.float()))
+        return made
+    made.group = features // layer.scale.shape[1]
+    made.storage, packed = (_INT4, _halves(weight)) if layer.scheme.bits <= 4 else (_INT8, _pairs(weight))
+    made.weight, made.scale = pointer(packed), pointer(_by_column(layer.scale.float()))
+    made.zero = pointer(None if layer.zero_point is None else _by_column(layer.zero_point.float()))
+    if layer.activations is not None:
+        if not layer.activations.dynamic:
+            assert layer.input_scale is not None
+            made.rounding, made.input_scale = _FIXED, layer.input_scale.item()
+            made.input_zero = 0.0 if layer.input_zero_point is None else layer.input_zero_point.item()
+        else:
+            made.rounding = _SYMMETRIC if layer.activations.symmetric else _SHIFTED
+    return made
+
+
+def _tiles(weight: Tensor) -> Tensor:
+    """`[out, in]` as `[tiles, TILE, in]`, with rows of zeros at its end."""
+    rows = -len(weight) % TILE
+    return nn.functional.pad(weight, (0, 0, 0, rows)).reshape(-1, TILE, weight.shape[1])
+
+
+def _even(weight: Tensor) -> Tensor:
+    return nn.functional.pad(weight, (0, weight.shape[1] % 2))
+
+
+def _floats(weight: Tensor) -> Tensor:
+    return _tiles(weight).transpose(1, 2)
+
+
+def _pairs(weight: Tensor) -> Tensor:
+    tiles = _tiles(_even(weight))
+    return tiles.reshape(len(tiles), TILE, -1, 2).transpose(1, 2)
+
+
+def _halves(weight: Tensor) -> Tensor:
+    pairs = (_pairs(weight) + 8).to(torch.uint8)
+    return pairs[..., 0] | (pairs[..., 1] << 4)
+
+
+def _by_column(numbers: Tensor) -> Tensor:
+    return _tiles(numbers).transpose(1, 2)
+
+
+def _columns(bias: Tensor) -> Tensor:
+    return nn.functional.pad(bias, (0, -len(bias) % TILE))

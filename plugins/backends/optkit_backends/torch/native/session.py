@@ -1,0 +1,91 @@
+"""A decoder on the native kernels: one call into them for each step."""
+
+from __future__ import annotations
+
+import ctypes
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from optkit.errors import MachineError
+from optkit.kv import stop_rounding
+from optkit.steps import KernelTime, Limits, StepPlan, StepResult
+from optkit.weights import load_folder
+from optkit_backends.torch.native.building import library
+from optkit_backends.torch.native.decoder import Decoder
+from optkit_backends.torch.native.layout import Step
+from optkit_backends.torch.native.times import kernel_times, room
+from optkit_backends.torch.pool import Pool, PooledSession
+from optkit_backends.torch.probe import page
+
+__all__ = ["NativeSession"]
+
+
+class NativeSession(PooledSession):
+    """Runs the model of a weights folder; see `optkit.backends.TokenSession`.
+
+    A row's logits depend on nothing but its own tokens and blocks, to the last bit: every sum goes in one order,
+    however many rows a step has and whichever thread takes them.
+
+    Args:
+        weights: the folder.
+        limits: what it must hold.
+        threads: that share a step.
+        portable: run the kernels of any processor, though this one has better.
+    """
+
+    def __init__(self, weights: Path, limits: Limits, *, threads: int, portable: bool = False) -> None:
+        module: Any = load_folder(weights).module
+        stop_rounding(module)
+        paged = page(module, str(weights))
+        paged.check(limits.max_length, weights)
+        self._library = library()
+        self._decoder: Any = Decoder(module, paged.windows, limits.max_length, str(weights))
+        self._pool = Pool.within(limits, self._decoder.shapes)
+        self._decoder.use(self._pool)
+        self._handle = self._library.optkit_open(
+            ctypes.byref(self._decoder.model), threads, limits.max_length, int(portable)
+        )
+        if self._handle is None:
+            raise MachineError("no threads, or no memory, for the native kernels", where=str(weights))
+        self.caps = self._pool.caps(limits, self._decoder.model.vocabulary)
+
+    def execute(self, plan: StepPlan) -> StepResult:
+        return self._run(plan, None)
+
+    def _run(self, plan: StepPlan, seconds: Any) -> StepResult:
+        rows = plan.rows
+        counts = np.array([0, *(len(row.tokens) for row in rows)], np.int32)
+        starts = counts.cumsum(dtype=np.int32)
+        tokens = np.array([token for row in rows for token in row.tokens], np.int32)
+        computed = np.array([row.computed for row in rows], np.int32)
+        table = np.zeros((len(rows), max(len(row.blocks) for row in rows)), np.int32)
+        kept: list[int] = []
+        ends = [0]
+        for index, row in enumerate(rows):
+            table[index, : len(row.blocks)] = row.blocks
+            kept += range(starts[index] + row.wanted.start, starts[index] + row.wanted.stop)
+            ends.append(len(kept))
+        places = np.array(kept, np.int32)
+        logits = np.empty((len(kept), self.caps.vocab_size), np.float32)
+        arrays = (tokens, starts, computed, table, places, logits)
+        step = Step(
+            *(array.ctypes.data for array in arrays), seconds, len(tokens), len(rows), table.shape[1], len(kept)
+        )
+        if self._library.optkit_step(self._handle, ctypes.byref(step)):
+            raise MachineError("no memory for a step", found=f"{len(tokens)} tokens")
+        return StepResult(tuple(logits[a:b] for a, b in pairwise(ends)))
+
+    def profile(self, plan: StepPlan) -> list[KernelTime]:
+        self.execute(plan)  # warm up; to run a row again writes the same keys and values
+        seconds = room(self._decoder.model)
+        self._run(plan, seconds)
+        return kernel_times(self._decoder.model, list(seconds), plan)
+
+    def close(self) -> None:
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            self._library.optkit_close(handle)
+        self._pool, self._decoder = Pool((), 0), None

@@ -1,0 +1,323 @@
+"""The native kernels of the torch backend: decoders beside transformers, and steps of every mixture."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from optkit.engine import Engine, Request, SamplingParams
+from optkit.errors import MachineError, RecipeError
+from optkit.quantized import ActivationScheme, QuantizedLinear, WeightScheme
+from optkit.steps import Limits, Row, StepPlan
+from optkit.testing import check_backend
+from optkit.weights import save_folder
+from optkit_backends.torch import Torch
+from optkit_backends.torch.native import building
+from optkit_backends.torch.native.layout import pack
+from optkit_backends.torch.native.session import NativeSession
+from optkit_batching.continuous import Continuous
+from optkit_quantize.int8_dynamic import Int8Dynamic
+from optkit_quantize.int8_static import Int8Static
+from optkit_quantize.kv_cache import KVCache
+from optkit_quantize.rtn import RTN
+from optkit_quantize.w4a8 import W4A8
+from tests.architectures import OTHERS as KNOWN
+from tests.architectures import SHAPE, other
+from tests.calibrating import context, texts
+from tests.shaping import behead, factored, narrow
+
+BACKEND = Torch(kernels="native", threads=2)
+LIMITS = Limits(max_batch_size=4, max_length=96)
+GROUP = {"granularity": "group", "group_size": 32}
+FORMATS = {
+    "float": [],
+    "int8": [RTN(bits=8)],
+    "int8 asymmetric": [RTN(bits=8, symmetric=False)],
+    "int8 group": [RTN(bits=8, **GROUP)],
+    "int4": [RTN(bits=4)],
+    "int4 group": [RTN(bits=4, **GROUP)],
+    "int3 group asymmetric": [RTN(bits=3, symmetric=False, **GROUP)],
+    "int8 dynamic": [Int8Dynamic()],
+    "int7 dynamic": [Int8Dynamic(bits=7)],
+    "int8 static": [Int8Static()],
+    "w4a8": [W4A8(group_size=32)],
+    "int8 cache": [KVCache()],
+    "int8 dynamic and cache": [Int8Dynamic(ignore=()), KVCache()],
+}
+A, C = tuple(range(10, 50)), tuple(range(5, 18))
+
+pytestmark = pytest.mark.skipif(BACKEND.unavailable() is not None, reason=str(BACKEND.unavailable()))
+
+
+def transformed(model, format):
+    for transform in FORMATS[format]:
+        model = transform.apply(model, context(texts(24, 40)))
+    return model
+
+
+def opened(model, folder, threads=2, limits=LIMITS, **options):
+    folder.mkdir(exist_ok=True)
+    save_folder(model, folder)
+    return NativeSession(folder, limits, threads=threads, **options)
+
+
+def run(session, *rows):
+    return session.execute(StepPlan(rows)).logits
+
+
+def expected(model, tokens):
+    with torch.inference_mode():
+        return model.module(torch.tensor([tokens])).logits[0].numpy()
+
+
+def distance(found, wanted):
+    assert found.shape == wanted.shape
+    assert found.dtype == np.float32
+    return np.linalg.norm(found - wanted) / np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_it_conforms(format, tiny_llama):
+    check_backend(BACKEND, transformed(tiny_llama(), format))
+
+
+# The products.
+
+
+@settings(max_examples=150)
+@given(
+    shape=st.tuples(st.integers(1, 130), st.integers(1, 40), st.integers(0, 9) | st.sampled_from([119, 120, 121, 250])),
+    bits=st.integers(2, 8) | st.none(),
+    groups=st.booleans(),
+    symmetric=st.booleans(),
+    activations=st.sampled_from([None, ActivationScheme(True), ActivationScheme(True, symmetric=False)]),
+    bias=st.booleans(),
+    portable=st.booleans(),
+    seed=st.integers(0, 99),
+)
+def test_products_are_those_of_float64(shape, bits, groups, symmetric, activations, bias, portable, seed):
+    features, out, rows = shape
+    torch.manual_seed(seed)
+    shift = torch.randn(out) if bias else None
+    layer: nn.Module
+    if bits is None:
+        layer = nn.Linear(features, out, bias=bias)
+        if bias:
+            layer.bias = nn.Parameter(shift)
+    else:
+        size = 6 * features if groups else features
+        scheme = WeightScheme(bits, 2 * features if groups else None, symmetric)
+        low, high = scheme.range
+        weight = torch.randint(low, high + 1, (out, size), dtype=torch.int8)
+        scale = torch.rand(out, 3 if groups else 1) + 0.5
+        zero_point = None if symmetric else torch.randint(low, high + 1, scale.shape, dtype=torch.int8)
+        layer, features = QuantizedLinear(weight, scale, zero_point, shift, scheme, activations), size
+    input = torch.randn(rows, features)
+    found = product(layer, input, portable)
+    with torch.inference_mode():
+        rounded = layer.rounded(input) if bits else input
+        weight = (layer.dequantized() if bits else layer.weight).double()
+        wanted = rounded.double() @ weight.T + (0 if shift is None else shift.double())
+        size = rounded.double().abs() @ weight.abs().T
+    # Of one sum of floats, an ulp a step at the worst.
+    assert ((found - wanted).abs() <= 2**-22 * features * size + 1e-6).all()
+    if activations is not None and activations.symmetric and bits and bits > 4 and symmetric and not groups:
+        assert ((found - wanted).abs() <= 2**-21 * (wanted.abs() + (0 if shift is None else shift.abs()))).all()
+
+
+def product(layer, input, portable):
+    keep = []
+    packed, out = pack(layer, keep), torch.empty(len(input), layer.weight.shape[0])
+    assert not building.library().optkit_product(
+        ctypes.byref(packed), input.data_ptr(), len(input), out.data_ptr(), int(portable)
+    )
+    return out.double()
+
+
+# Steps.
+
+
+@pytest.fixture(scope="module", params=["int8 dynamic and cache", "int4 group"])
+def session(request, tiny_llama, tmp_path_factory):
+    with opened(transformed(tiny_llama(), request.param), tmp_path_factory.mktemp("native")) as session:
+        yield session
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_schedule_gives_the_same_bits(session, data):
+    lengths = data.draw(st.lists(st.integers(1, 90), min_size=1, max_size=4))
+    texts = [tuple(random.Random(seed).choices(range(300), k=length)) for seed, length in enumerate(lengths)]
+    wanted = [run(session, Row(0, text, 0, tuple(range(6)), "all"))[0] for text in texts]
+    free = data.draw(st.permutations(range(session.caps.blocks)))
+    blocks: list[tuple[int, ...]] = [() for _ in texts]
+    done = [0] * len(texts)
+    found: list[list[np.ndarray]] = [[] for _ in texts]
+    while any(count < len(text) for count, text in zip(done, texts, strict=True)):
+        rows = []
+        for i in data.draw(st.permutations(range(len(texts)))):
+            take = min(len(texts[i]) - done[i], data.draw(st.sampled_from([90, 1, 5, 16, 0])))
+            if take:
+                missing = -(-(done[i] + take) // 16) - len(blocks[i])
+                blocks[i] += tuple(free.pop() for _ in range(missing))
+                rows.append(Row(i, texts[i][done[i] : done[i] + take], done[i], blocks[i], "all"))
+        if rows:
+            for row, logits in zip(rows, run(session, *rows), strict=True):
+                found[row.sequence].append(logits)
+                done[row.sequence] += len(row.tokens)
+    for logits, whole in zip(found, wanted, strict=True):
+        np.testing.assert_array_equal(np.concatenate(logits), whole)
+
+
+@pytest.mark.parametrize("format", ["float", "int8 dynamic", "int8 cache", "int4 group"])
+def test_neither_threads_nor_instructions_change_what_is_said(format, tiny_llama, tmp_path):
+    model = transformed(tiny_llama(), format)
+    given = []
+    for threads, portable in ((1, False), (3, False), (2, True)):
+        with opened(model, tmp_path / "weights", threads, portable=portable) as session:
+            given.append(run(session, Row(1, A, 0, (4, 1, 3), "all"))[0])
+    np.testing.assert_array_equal(given[0], given[1])
+    assert distance(given[2], given[0]) < (0.15 if "dynamic" in format else 0.02 if "cache" in format else 1e-5)
+
+
+OTHERS = KNOWN | {
+    "qwen3": lambda: transformers.Qwen3Config(**SHAPE),
+    "gemma": lambda: transformers.GemmaConfig(**SHAPE),
+    "odd": lambda: transformers.LlamaConfig(**SHAPE | {"head_dim": 24, "hidden_size": 52, "intermediate_size": 99}),
+    "biased": lambda: transformers.LlamaConfig(**SHAPE, attention_bias=True),
+    "gelu": lambda: transformers.LlamaConfig(**SHAPE, hidden_act="gelu"),
+}
+
+
+@pytest.mark.parametrize("kind", ["mistral", "mistral-wide", "qwen2", "gemma3", "qwen3", "gemma", "odd", "biased"])
+def test_other_architectures_and_windows_match_transformers(kind, tmp_path):
+    model = other(OTHERS[kind](), tmp_path)
+    with BACKEND.open(tmp_path, tmp_path, LIMITS) as session:
+        found = run(session, Row(1, A[:20], 0, (5, 2), "all"))
+        found += (run(session, Row(2, C, 0, (1,)), Row(1, A[20:35], 20, (5, 2, 9), "all"))[1],)
+        for i in range(35, 40):
+            found += run(session, Row(1, A[i : i + 1], i, (5, 2, 9)), Row(2, (50,), 13, (1,)))[:1]
+        assert distance(run(session, Row(3, A, 0, (15, 14, 13), "all"))[0], expected(model, A)) < 1e-5
+    assert distance(np.concatenate(found), expected(model, A)) < 1e-5
+
+
+def test_layers_may_differ_in_width(tiny_llama, tmp_path):
+    model = tiny_llama()
+    narrow(model.module.model.layers[0].mlp, 72)
+    with opened(model, tmp_path) as session:
+        assert distance(run(session, Row(1, A, 0, (0, 1, 2), "all"))[0], expected(model, A)) < 1e-5
+
+
+def test_generates_what_transformers_generates(tiny_llama, tmp_path):
+    model = tiny_llama()
+    with opened(model, tmp_path) as session:
+        engine = Engine(session, Continuous(max_batch_size=3))
+        prompts = (A, C, A[7:30], C[3:])
+        ids = [engine.add(Request(p, SamplingParams(max_tokens=12, ignore_eos=True, temperature=0))) for p in prompts]
+        output = {id: [] for id in ids}
+        while engine.busy:
+            for event in engine.step():
+                output[event.request].append(event.token)
+    for id, prompt in zip(ids, prompts, strict=True):
+        whole = model.module.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt)),
+            max_new_tokens=12,
+            min_new_tokens=12,
+            do_sample=False,
+        )
+        assert output[id] == whole[0, len(prompt) :].tolist()
+
+
+def test_profile_tells_of_every_layer(tiny_llama, tmp_path):
+    model = transformed(tiny_llama(), "int8 dynamic")
+    with opened(model, tmp_path) as session:
+        plan = StepPlan((Row(1, A, 0, (0, 1, 2)), Row(2, C, 0, (3,))))
+        times = session.profile(plan)
+    weights = sum(
+        layer.weight.nbytes for layer in model.module.modules() if isinstance(layer, nn.Linear | QuantizedLinear)
+    )
+    assert sum(time.weight_bytes for time in times) == weights
+    assert {time.kernel for time in times if time.layer.endswith("down_proj")} == {
+        "native product (int8 weights, int8 input)"
+    }
+    assert {time.kernel for time in times if time.layer == "lm_head"} == {"native product (float32 weights)"}
+    assert all(time.seconds > 0 for time in times if time.weight_bytes)
+
+
+# What is refused.
+
+
+REFUSED = {
+    "is of the architecture gpt2": "gpt2",
+    "is of the architecture qwen3_moe": "qwen3-moe",
+    "has the activation gelu": "gelu",
+}
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_other_decoders_are_refused_in_one_line(reason, tmp_path):
+    other(OTHERS[REFUSED[reason]](), tmp_path)
+    with pytest.raises(RecipeError, match=f"this model {reason}; take kernels: eager, or another backend$") as raised:
+        BACKEND.open(tmp_path, tmp_path, LIMITS)
+    assert "\n" not in str(raised.value)
+
+
+def test_layers_of_two_matrices_and_uneven_heads_are_refused(tiny_llama, tmp_path):
+    model = tiny_llama()
+    factored(model.module, "model.layers.0.mlp.down_proj", 16)
+    with pytest.raises(RecipeError, match=r"of another kind at model\.layers\.0\.mlp\.down_proj, LowRankLinear"):
+        opened(model, tmp_path / "ranks")
+    model = tiny_llama()
+    behead(model.module.model.layers[1].self_attn, 2, 1)
+    with pytest.raises(RecipeError, match="layers of unequal numbers of heads"):
+        opened(model, tmp_path / "heads")
+
+
+def test_lowering_says_which_kernel_runs_or_why_none_can():
+    tags = {
+        "task:feature-extraction",
+        "arch:gpt2",
+        "weights:bnb-nf4",
+        "weights:fp8-channel",
+        "activations:fp8-dynamic",
+        "kv:fp8-head",
+    }
+    lowered = BACKEND.lowering(frozenset(tags | {"pruned:rank"}))
+    assert set(lowered) == tags | {"pruned:rank"}
+    assert not any(how.possible for how in lowered.values())
+    assert all(how.reason for how in lowered.values())
+    lowered = BACKEND.lowering(frozenset({"weights:int4-group", "activations:int8-dynamic"}))
+    assert [tag for tag, how in sorted(lowered.items()) if how.native] == ["weights:int4-group"]
+
+
+def test_without_a_compiler_it_says_what_to_do(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert BACKEND.unavailable() == (
+        "needs a C++ compiler, and there is no no-such-compiler; install it, set CXX to one, or take kernels: eager"
+    )
+    assert Torch().unavailable() is None
+    monkeypatch.delenv("CXX")
+    monkeypatch.setattr(building, "_path", lambda: "/nowhere")
+    assert "needs ninja to build; pip install" in str(BACKEND.unavailable())
+
+
+def test_what_cannot_be_built_is_said_in_one_line(monkeypatch, tmp_path):
+    broken = tmp_path / "csrc"
+    broken.mkdir()
+    (broken / "api.cpp").write_text("no C++ at all\n")
+    monkeypatch.setattr(building, "_SOURCES", broken)
+    monkeypatch.setenv("OPTKIT_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(
+        MachineError, match=r"^\S+: the kernels cannot be built, found .*; take kernels: eager$"
+    ) as raised:
+        building.library.__wrapped__()
+    assert "\n" not in str(raised.value)
