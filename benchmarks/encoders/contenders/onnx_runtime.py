@@ -1,8 +1,9 @@
 """ONNX Runtime's own dynamic int8, as its documentation says for transformers: fuse, then `quantize_dynamic`.
 
-Usage: python onnx_runtime.py SEQUENCES GRAPH [WORK]
+Usage: python onnx_runtime.py SEQUENCES GRAPH [TOKENS]
 
-GRAPH is the float model as `exported.py` writes it. Everything but the names of files is as ONNX Runtime has it.
+GRAPH is the float model as `exported.py` writes it. Everything but the names of files is as ONNX Runtime has it. With
+TOKENS, a batch has that many at most, and not 32 sequences.
 Document: https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 """
 
@@ -24,6 +25,7 @@ HEADS, HIDDEN = 12, 384
 
 def main() -> None:
     rows, graph = sequences(), Path(sys.argv[2])
+    most_tokens = int(sys.argv[3]) if len(sys.argv) > 3 else None
     fused, quantized = graph.with_suffix(".fused.onnx"), graph.with_suffix(".int8.onnx")
     if not quantized.is_file():
         optimize_model(str(graph), "bert", HEADS, HIDDEN).save_model_to_file(str(fused))
@@ -38,7 +40,7 @@ def main() -> None:
         found: Floats = hidden
         return found
 
-    take_turns(lambda: sorted_batches(rows, run), {"onnxruntime": onnxruntime.__version__})
+    take_turns(lambda: sorted_batches(rows, run, most_tokens), {"onnxruntime": onnxruntime.__version__})
 
 
 if __name__ == "__main__":

@@ -55,18 +55,23 @@ def take_turns(encode: Callable[[], Floats], about: dict[str, Any]) -> None:
             print(json.dumps({"seconds": time.perf_counter() - begin}), file=answers)
 
 
-def sorted_batches(rows: Sequence[tuple[int, ...]], run: Callable[[Integers, Integers], Floats]) -> Floats:
+def sorted_batches(
+    rows: Sequence[tuple[int, ...]], run: Callable[[Integers, Integers], Floats], most_tokens: int | None = None
+) -> Floats:
     """Embeddings by the mean over tokens, from batches of 32 sorted by length, as sentence-transformers makes them.
 
     Args:
         rows: token ids.
         run: the model, from token ids and mask `[batch, tokens]` to `[batch, tokens, hidden]`.
+        most_tokens: of a batch, padding included, in the place of 32 sequences.
     """
     order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
     embedded: dict[int, Floats] = {}
-    for start in range(0, len(order), BATCH_SIZE):
-        batch = order[start : start + BATCH_SIZE]
-        ids = np.zeros((len(batch), len(rows[batch[0]])), np.int64)
+    while order:
+        longest = len(rows[order[0]])
+        size = BATCH_SIZE if most_tokens is None else max(1, most_tokens // longest)
+        batch, order = order[:size], order[size:]
+        ids = np.zeros((len(batch), longest), np.int64)
         mask = np.zeros_like(ids)
         for place, index in enumerate(batch):
             ids[place, : len(rows[index])], mask[place, : len(rows[index])] = rows[index], 1

@@ -53,6 +53,9 @@ class Int8Static(Quantizer):
     percentile: float | None = Field(default=None, gt=50, le=100)
     """Share of the inputs, in percent, that lie below the upper end; goes with `observer: percentile`, for example
     99.99."""
+    bits: Literal[7, 8] = 8
+    """Bits of one stored weight; it takes a byte all the same. x86 processors without VNNI add pairs of 8-bit products
+    in 16 bits, which only 7 bits fit: kernels that keep to 8 bits there are slower (`onnxruntime`)."""
     symmetric: bool = False
     """Activations without a zero point: less arithmetic for some kernels, and half of the range is lost on inputs of
     one sign. Weights are symmetric always."""
@@ -65,7 +68,7 @@ class Int8Static(Quantizer):
 
     @property
     def scheme(self) -> WeightScheme:
-        return WeightScheme(8, None, symmetric=True)
+        return WeightScheme(self.bits, None, symmetric=True)
 
     @property
     def activation_scheme(self) -> ActivationScheme:

@@ -306,6 +306,26 @@ def test_results_outlive_the_next_step(llama: tuple[Any, TokenSession]) -> None:
     assert np.array_equal(first, kept)
 
 
+def test_results_take_the_same_memory_only_when_nobody_reads_it(llama: tuple[Any, TokenSession]) -> None:
+    _, session = llama
+
+    def step(token: int) -> np.ndarray:
+        return session.execute(StepPlan((Row(0, (token,), 0, (0,)),))).logits[0]
+
+    alone = [step(token).copy() for token in (3, 4)]
+    dropped = step(3)
+    place = dropped.ctypes.data
+    del dropped
+    first = step(3)
+    assert first.ctypes.data == place
+    part = first[0, 5:9]  # a view of a view counts as well
+    del first
+    second = step(4)
+    assert second.ctypes.data != place
+    assert np.array_equal(part, alone[0][0, 5:9])
+    assert np.array_equal(second, alone[1])
+
+
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_schedule_gives_the_logits_of_the_whole_text(llama: tuple[Any, TokenSession], data: st.DataObject) -> None:

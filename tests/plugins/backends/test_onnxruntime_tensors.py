@@ -16,7 +16,7 @@ from torch import nn
 import optkit
 from optkit.calibration import Calibration
 from optkit.engine.tensors import padded
-from optkit.errors import DamagedError, RecipeError
+from optkit.errors import DamagedError, MissingError, RecipeError
 from optkit.model import Model
 from optkit.quantized import QuantizedConv2d, QuantizedLinear, quantized_layers, replace_module
 from optkit.schemes import ActivationScheme, WeightScheme
@@ -117,6 +117,81 @@ def test_a_result_does_not_depend_on_what_else_is_in_the_batch(plain, static, dy
                 assert distance(row[: len(ids)], lonely) < 1e-5
 
 
+def masked(session, module, ids, mask):
+    """How far a session is from the module wherever the mask is 1."""
+    with torch.inference_mode():
+        wanted = module(input_ids=torch.tensor(ids), attention_mask=torch.tensor(mask)).last_hidden_state.numpy()
+    found = session.run({"input_ids": ids, "attention_mask": mask})["last_hidden_state"]
+    return distance(found[mask > 0], wanted[mask > 0])
+
+
+def holes(mask):
+    """Padding on the right, on the left, and in between."""
+    mask[1, 15:], mask[2, :3], mask[2, 9] = 0, 0, 0
+    return mask
+
+
+def test_what_a_mask_hides_changes_nothing_wherever_it_is(plain):
+    ids = RANDOM.integers(10, 300, size=(3, 20))
+    mask = holes(np.ones_like(ids))
+    with BACKEND.open(plain.files, plain.files, LIMITS) as session:
+        assert masked(session, plain.module, ids, mask) < 1e-5
+        seen = [
+            session.run({"input_ids": np.where(mask > 0, ids, other), "attention_mask": mask})["last_hidden_state"]
+            for other in (10, 299)
+        ]
+    np.testing.assert_array_equal(seen[0][mask > 0], seen[1][mask > 0])
+
+
+@pytest.mark.slow
+def test_masks_that_hide_more_than_padding_are_added_to_the_scores(tmp_path):
+    from transformers import ModernBertConfig, ModernBertModel
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tokens = {"vocab_size": 300, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    # The second layer sees four tokens at a time.
+    windows = {"global_attn_every_n_layers": 2, "local_attention": 4}
+    module = ModernBertModel(ModernBertConfig(**sizes, **tokens, **windows)).eval().requires_grad_(False)
+    compile_encoder(module, tmp_path, accuracy_level=4, block_size=64)
+    ids = RANDOM.integers(10, 300, size=(3, 20))
+    inputs = {"input_ids": ids, "attention_mask": holes(np.ones_like(ids))}
+    with OnnxTensorSession(tmp_path, threads=1, spin=False) as session:
+        assert masked(session, module, *inputs.values()) < 1e-5
+    assert kernels(tmp_path, inputs, tmp_path)["MultiHeadAttention"] == 2
+
+
+def test_the_runtime_is_opened_as_the_options_say(plain):
+    backend = OnnxRuntime(threads=1, arena=False, optimization_level="none")
+    with (
+        backend.open(plain.files, plain.files, LIMITS) as session,
+        BACKEND.open(plain.files, plain.files, LIMITS) as usual,
+    ):
+        options, default = (one._session.get_session_options() for one in (session, usual))
+        assert (options.enable_cpu_mem_arena, default.enable_cpu_mem_arena) == (False, True)
+        inputs = padded(SEQUENCES, session.inputs)
+        ran, fused = ({kernel.kernel for kernel in one.profile(inputs)} for one in (session, usual))
+        assert "BiasGelu" in fused - ran
+        assert distance(*(one.run(inputs)["last_hidden_state"] for one in (session, usual))) < 1e-5
+
+
+def test_an_execution_provider_is_there_and_runs_all_or_is_refused(plain):
+    import onnxruntime
+
+    wrong = OnnxRuntime(execution_provider="NoSuchProvider").unavailable()
+    assert wrong is not None
+    assert "'NoSuchProvider', only " in wrong
+    assert ", ".join(onnxruntime.get_available_providers()) in wrong
+    assert OnnxRuntime(execution_provider="CPUExecutionProvider").unavailable() is None
+    # Of the providers in the usual build this one has next to no kernels.
+    remote = OnnxRuntime(threads=1, execution_provider="AzureExecutionProvider")
+    if remote.unavailable() is not None:
+        pytest.skip(remote.unavailable())
+    assert remote.lowering(frozenset({"task:causal-lm", "weights:float"}))["weights:float"].kernel.endswith("Provider")
+    with pytest.raises(MissingError, match="AzureExecutionProvider has no kernel for some of its operators") as raised:
+        remote.open(plain.files, plain.files, LIMITS)
+    assert "\n" not in str(raised.value)
+
+
 def test_static_int8_is_what_the_layers_say_and_runs_as_integers(static, tiny_bert, tmp_path):
     plain = tiny_bert(num_hidden_layers=1).module
     with BACKEND.open(static.files, static.files, LIMITS) as session:
@@ -154,8 +229,9 @@ def test_dynamic_int8_is_what_the_layers_say_and_runs_as_integers(dynamic, tiny_
     assert not ran & Counter(MatMul=1, Gemm=1, FusedMatMul=1, DequantizeLinear=1)
     # Query, key and value round the same input once, and its range is looked for once.
     assert ran["QuantizeLinear"] == ran["ReduceMax"] == 4
-    # The sums that follow take over their biases, and nothing moves heads about.
-    assert (ran["BiasGelu"], ran["SkipLayerNormalization"], ran["Transpose"]) == (1, 2, 0)
+    # The activation takes over its bias, sums and norms stay apart, and nothing moves heads about.
+    assert (ran["BiasGelu"], ran["LayerNormalization"]) == (1, 3)
+    assert not ran & Counter(SkipLayerNormalization=1, Transpose=1)
 
 
 def test_weights_alone_of_one_scale_a_channel_round_their_input_by_token(tiny_bert, tmp_path):
@@ -375,13 +451,14 @@ def digits():
     )
 
 
-def test_a_convolutional_network_keeps_its_accuracy_in_integers(digits, tmp_path):
+@pytest.mark.parametrize("bits", [8, 7])
+def test_a_convolutional_network_keeps_its_accuracy_in_integers(bits, digits, tmp_path):
     def accuracy(logits):
         return float((torch.as_tensor(logits).argmax(-1) == digits.labels).float().mean())
 
     wanted = accuracy(digits.module(digits.pixels))
     assert wanted > 0.93
-    transform = Int8Static(targets=("Linear", "Conv2d"), ignore=())
+    transform = Int8Static(bits=bits, targets=("Linear", "Conv2d"), ignore=())
     batches = [{"pixels": batch} for batch in digits.seen[:128].split(32)]
     model = transform.apply(Model(copy.deepcopy(digits.module), None, frozenset({"weights:float"})), context(*batches))
     compile_tensors(model.module, {"pixels": digits.pixels[:1]}, tmp_path)
@@ -406,6 +483,7 @@ def test_lowering_of_encoders():
     for tags in (
         ("weights:int8-channel", "activations:int8-static"),
         ("weights:int8-channel", "activations:int8-static-asym"),
+        ("weights:int7-channel", "activations:int8-static-asym"),
         ("weights:float", "weights:int4-channel-asym", "activations:int8-static-asym"),
     ):
         found = lowered(*tags)
@@ -432,6 +510,7 @@ def test_lowering_of_encoders():
     ("transform", "tolerance", "least"),
     [
         (Int8Static(), STATIC_TOLERANCE, 0.97),
+        (Int8Static(bits=7), STATIC_TOLERANCE, 0.97),
         (Int8Dynamic(), DYNAMIC_TOLERANCE, 0.995),
         (RTN(bits=8), DYNAMIC_TOLERANCE, 0.995),
     ],

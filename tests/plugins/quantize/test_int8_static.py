@@ -124,6 +124,16 @@ def test_an_encoder(tiny_bert):
     assert distance(model.module(input_ids=ids).last_hidden_state, exact) < 0.1
 
 
+def test_seven_bits_take_a_byte_and_half_of_its_range(tiny_llama):
+    model = Int8Static(bits=7).apply(tiny_llama(), CONTEXT)
+    layers = dict(quantized_layers(model.module))
+    assert {(layer.scheme, layer.weight.dtype) for layer in layers.values()} == {
+        (WeightScheme(7, None, True), torch.int8)
+    }
+    assert max(int(layer.weight.abs().max()) for layer in layers.values()) == 64
+    assert {"weights:int7-channel", "activations:int8-static-asym"} <= model.tags
+
+
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_convolutions_and_linear_layers(symmetric):
     exact = network().module(PIXELS)

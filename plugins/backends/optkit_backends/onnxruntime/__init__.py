@@ -6,8 +6,9 @@ import importlib.metadata
 import importlib.util
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -16,8 +17,9 @@ from optkit.model import Model, ModelCard
 from optkit.steps import Limits
 from optkit.weights import CAUSAL_LM, FEATURE_EXTRACTION
 
-__all__ = ["OnnxRuntime", "kernel_name"]
+__all__ = ["CPU", "OnnxRuntime", "kernel_name"]
 
+CPU = "CPUExecutionProvider"
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 INTEGERS = re.compile(r"weights:int(\d)-(channel|group)(-asym)?")
 BITS = (2, 4, 8)
@@ -37,12 +39,15 @@ class OnnxRuntime(Backend):
 
     The graph is built from the loaded model: fused attention that writes its KV cache in place, fused norms, and one
     product for query, key and value. Integer weights keep their very integers. A quantized head that is tied to the
-    embedding is stored once. What it gains is measured in `benchmarks/quickstart.json`.
+    embedding is stored once. Weights lie in huge pages where Linux gives them on request. What it gains is measured in
+    `benchmarks/quickstart.json`, and beside onnxruntime-genai in `benchmarks/causal_lm/causal_lm.json`.
 
     Encoders come from torch's own exporter, of any architecture that it can express; their attention is one operator.
-    Int8 activations, static or by token, are multiplied as integers, exactly on every processor. Weights of 8 bits run
-    in kernels that cannot saturate; on x86 without VNNI those take half as long again as the ones that weights of 7
-    bits get, and both are faster than float32. What encoders gain is measured in `benchmarks/encoders/encoders.json`.
+    Batches of about 512 tokens run fastest, for what a layer passes to the next stays in the cache (`max_batch_tokens`
+    of `bucketed`). Int8 activations, static or by token, are multiplied as integers, exactly on every processor.
+    Weights of 8 bits run in kernels that cannot saturate; on x86 without VNNI those take half as long again as the ones
+    that weights of 7 bits get, and both are faster than float32. What encoders gain is measured in
+    `benchmarks/encoders/encoders.json`.
 
     Document: ContribOperators.md of ONNX Runtime 1.32 (GroupQueryAttention, MatMulNBits, GatherBlockQuantized,
     MultiHeadAttention, MatMulIntegerToFloat).
@@ -63,6 +68,15 @@ class OnnxRuntime(Backend):
     spin: bool = True
     """Whether threads that wait for their share of a step keep their cores busy. That makes decoding
     faster on cores of their own, and much slower on cores that run something else too."""
+    arena: bool = True
+    """Whether memory for what operators pass on stays with the session. Without, it goes back to the system after each
+    use, and batches of many tokens run slower."""
+    optimization_level: Literal["none", "basic", "extended", "all"] = "all"
+    """What ONNX Runtime may do to the graph when it opens it, in its own words. `basic` leaves out what is there for
+    one provider alone, `none` everything: to find out whether a wrong result comes from there."""
+    execution_provider: str = CPU
+    """Which of the runtime's providers runs the graph, all of it: what has no kernel there is refused, and does not run
+    on the CPU unseen. Others come with other builds of the runtime; nothing here was measured on them."""
 
     def unavailable(self) -> str | None:
         remedy = "pip install 'optkit[onnxruntime]'"
@@ -75,9 +89,27 @@ class OnnxRuntime(Backend):
             return None  # another build of the runtime, under a name of its own
         if tuple(int(part) for part in version.split(".")[:2]) < OLDEST:
             return f"needs onnxruntime {OLDEST[0]}.{OLDEST[1]} or later, found {version}; {remedy}"
-        return None
+        return self._no_provider()
+
+    def _no_provider(self) -> str | None:
+        if self.execution_provider == CPU:
+            return None
+        import onnxruntime
+
+        found = onnxruntime.get_available_providers()
+        if self.execution_provider in found:
+            return None
+        what = f"this build of onnxruntime has no execution provider {self.execution_provider!r}"
+        return f"{what}, only {', '.join(found)}; choose one of them, or install the build that has it"
 
     def lowering(self, tags: frozenset[str]) -> Mapping[str, Lowering]:
+        lowered = self._lowering(tags)
+        if self.execution_provider == CPU:
+            return lowered
+        where = f" on {self.execution_provider}"
+        return {tag: replace(found, kernel=found.kernel and found.kernel + where) for tag, found in lowered.items()}
+
+    def _lowering(self, tags: frozenset[str]) -> Mapping[str, Lowering]:
         encoder = FEATURE_EXTRACTION in tags
         rounded = encoder and any(tag.startswith("activations:int8-") for tag in tags)
         weights = self._integer_product if rounded else self._encoder_weights if encoder else self._weights
@@ -154,14 +186,20 @@ class OnnxRuntime(Backend):
         from optkit import hardware
         from optkit_backends.onnxruntime.files import TensorFacts
 
-        threads = self.threads or hardware.usable_cores()
+        settings: dict[str, Any] = {
+            "threads": self.threads or hardware.usable_cores(),
+            "spin": self.spin,
+            "arena": self.arena,
+            "optimization": self.optimization_level,
+            "provider": self.execution_provider,
+        }
         if (runtime / TensorFacts.FILE).exists():
             from optkit_backends.onnxruntime.tensors import OnnxTensorSession
 
-            return OnnxTensorSession(runtime, threads=threads, spin=self.spin)
+            return OnnxTensorSession(runtime, **settings)
         from optkit_backends.onnxruntime.session import OnnxSession
 
-        return OnnxSession(runtime, limits, threads=threads, spin=self.spin)
+        return OnnxSession(runtime, limits, **settings)
 
 
 def kernel_name(bits: int, accuracy_level: int) -> str:

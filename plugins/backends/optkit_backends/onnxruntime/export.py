@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from optkit.errors import RecipeError
 from optkit.quantized import QuantizedLayer, replace_module
+from optkit_backends.onnxruntime.attention import FUSED
 from optkit_backends.onnxruntime.convolutions import settle
 from optkit_backends.onnxruntime.files import GRAPH, WEIGHTS, TensorFacts
-from optkit_backends.onnxruntime.layers import FUSED, exportable
+from optkit_backends.onnxruntime.layers import exportable
 from optkit_backends.onnxruntime.trace import PRODUCTS
 from optkit_backends.positional import Positional, TextEncoder, outputs_of, shallow_copy, text_example
 

@@ -1,4 +1,4 @@
-"""Quantized layers and attention as operators of ONNX, for `torch.onnx.export`: nothing here runs in torch.
+"""Quantized layers as operators of ONNX, for `torch.onnx.export`: nothing here runs in torch.
 
 Layers of int8 activations are integer operators from the start. QuantizeLinear and DequantizeLinear around float
 products would leave it to passes of ONNX Runtime 1.32 to make them so, which miss products of two axes with a bias, and
@@ -14,8 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.onnx.ops import symbolic
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
 
 from optkit.errors import RecipeError
 from optkit.quantized import QuantizedConv2d, QuantizedLayer, QuantizedLinear
@@ -24,10 +22,7 @@ from optkit_backends.onnxruntime.builder import MICROSOFT
 from optkit_backends.onnxruntime.convolutions import UNSETTLED
 from optkit_backends.onnxruntime.integers import blocked
 
-__all__ = ["FUSED", "exportable"]
-
-FUSED = "optkit_onnxruntime"
-"""The name of the attention function."""
+__all__ = ["exportable", "node", "trimmed"]
 
 NONE = torch.zeros((), dtype=torch.int8)
 # Where a processor has no VNNI, the kernels for unsigned by signed add two products in 16 bits. 255 * 64 * 2 fits.
@@ -111,9 +106,9 @@ class _Blockwise(nn.Module):
         }
 
     def forward(self, input: Tensor) -> Tensor:
-        operands = [input, self.data, self.scales, *_trimmed([self.zero_points, None, self.bias])]
+        operands = [input, self.data, self.scales, *trimmed([self.zero_points, None, self.bias])]
         shape = [*input.shape[:-1], self.sizes["N"]]
-        return _node(f"{MICROSOFT}::MatMulNBits", operands, input.dtype, shape, self.sizes)
+        return node(f"{MICROSOFT}::MatMulNBits", operands, input.dtype, shape, self.sizes)
 
 
 class _Stored(nn.Module):
@@ -155,7 +150,7 @@ class _Static(_Stored):
 
     def stored(self, input: Tensor) -> Tensor:
         operands = [input, self.input_scale, self.input_zero_point]
-        return _node("QuantizeLinear", operands, torch.uint8, input.shape)
+        return node("QuantizeLinear", operands, torch.uint8, input.shape)
 
 
 class _Product(_Static):
@@ -167,9 +162,9 @@ class _Product(_Static):
 
     def forward(self, input: Tensor) -> Tensor:
         grids = [self.input_scale, self.scale, self.input_zero_point, self.zero_point]
-        operands = [self.stored(input), self.weight, *grids, *_trimmed([self.bias])]
+        operands = [self.stored(input), self.weight, *grids, *trimmed([self.bias])]
         shape = [*input.shape[:-1], self.weight.shape[1]]
-        return _node(f"{MICROSOFT}::MatMulIntegerToFloat", operands, input.dtype, shape)
+        return node(f"{MICROSOFT}::MatMulIntegerToFloat", operands, input.dtype, shape)
 
 
 class _Dynamic(_Stored):
@@ -191,10 +186,10 @@ class _Dynamic(_Stored):
     def forward(self, input: Tensor) -> Tensor:
         largest = torch.maximum(input.amax(-1, keepdim=True), -input.amin(-1, keepdim=True))
         scale = (largest / 127.5).clamp(min=SMALLEST_SCALE)
-        stored = _node("QuantizeLinear", [input / scale, self.one, self.centre], torch.uint8, input.shape)
+        stored = node("QuantizeLinear", [input / scale, self.one, self.centre], torch.uint8, input.shape)
         operands = [stored, self.weight, self.one, self.scale, self.centre, self.zero_point]
         shape = [*input.shape[:-1], self.weight.shape[1]]
-        product = _node(f"{MICROSOFT}::MatMulIntegerToFloat", operands, input.dtype, shape) * scale
+        product = node(f"{MICROSOFT}::MatMulIntegerToFloat", operands, input.dtype, shape) * scale
         return product if self.bias is None else product + self.bias
 
 
@@ -223,7 +218,7 @@ class _Convolution(_Static):
             "pads": self.pads,
             "strides": [*self.stride],
         }
-        return _node(f"{UNSETTLED}::Conv", [*operands, *_trimmed([self.bias])], input.dtype, shape, attributes)
+        return node(f"{UNSETTLED}::Conv", [*operands, *trimmed([self.bias])], input.dtype, shape, attributes)
 
     def _size(self, axis: int, size: Any) -> Any:
         covered = self.dilation[axis] * (self.kernel[axis] - 1) + 1
@@ -239,45 +234,18 @@ def _unsigned(stored: Tensor) -> Tensor:
     return (stored.short() + 128).to(torch.uint8)
 
 
-def _trimmed(operands: Sequence[Tensor | None]) -> list[Tensor | None]:
+def trimmed(operands: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Without what is absent at the end."""
     given = [index for index, operand in enumerate(operands) if operand is not None]
     return list(operands[: given[-1] + 1]) if given else []
 
 
-def _node(
+def node(
     operator: str,
     inputs: Sequence[Tensor | None],
     dtype: torch.dtype,
     shape: Sequence[Any],
     attributes: dict[str, Any] | None = None,
 ) -> Tensor:
+    """An operator of ONNX in the place of a computation: one output of a dtype and shape."""
     return symbolic(operator, inputs, attributes, dtype=dtype, shape=shape)
-
-
-def _attention(
-    _module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    **_options: Any,
-) -> tuple[Tensor, None]:
-    """What transformers calls: `query`, `key` and `value` are `[batch, heads, tokens, dim]`, the mask is added."""
-    heads, dim = query.shape[1], query.shape[-1]
-    scale = dim**-0.5 if scaling is None else float(scaling)
-    shared = heads // key.shape[1]
-    if shared > 1:
-        key, value = key.repeat_interleave(shared, 1), value.repeat_interleave(shared, 1)
-    operands = [part.transpose(1, 2).flatten(2) for part in (query, key, value)]
-    shape = [*operands[0].shape[:2], heads * value.shape[-1]]
-    mask = _trimmed([None, None, attention_mask])
-    attributes = {"num_heads": heads, "scale": scale}
-    output = _node(f"{MICROSOFT}::MultiHeadAttention", [*operands, *mask], query.dtype, shape, attributes)
-    return output.reshape(*output.shape[:2], heads, value.shape[-1]), None
-
-
-AttentionInterface.register(FUSED, _attention)
-AttentionMaskInterface.register(FUSED, eager_mask)

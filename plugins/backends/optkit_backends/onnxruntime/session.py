@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -17,6 +18,7 @@ from optkit.errors import RecipeError
 from optkit.steps import Caps, KernelTime, Limits, Row, StepPlan, StepResult
 from optkit_backends.onnxruntime.files import GRAPH, Facts
 from optkit_backends.onnxruntime.loading import load
+from optkit_backends.onnxruntime.pages import huge_pages
 from optkit_backends.onnxruntime.trace import kernel_times
 from optkit_backends.room import blocks_that_fit
 
@@ -26,12 +28,15 @@ Floats = npt.NDArray[np.float32]
 Layout = tuple[tuple[int, int, range], ...]
 # Layouts that stay bound, the most recent ones: steps of decoding repeat theirs, those of prompts seldom do.
 LAYOUTS = 64
+# References to an array that one attribute holds, as `sys.getrefcount` sees it.
+UNSHARED = 2
+UNBOUND = 0
 
 
 class OnnxSession(TokenSession):
     """Runs what `compile_module` wrote; see `optkit.backends.TokenSession`."""
 
-    def __init__(self, directory: Path, limits: Limits, *, threads: int, spin: bool) -> None:
+    def __init__(self, directory: Path, limits: Limits, **settings: Any) -> None:
         facts = Facts.read(directory)
         if limits.max_length > facts.max_length:
             raise RecipeError(
@@ -40,7 +45,7 @@ class OnnxSession(TokenSession):
                 remedy=f"set max_length to {facts.max_length} or less",
             )
         self._graph = directory / GRAPH
-        self._load = partial(load, self._graph, threads=threads, spin=spin)
+        self._load = partial(_loaded, self._graph, **settings)
         self._session: Any = self._load()
         self._launches: dict[Layout, _Launch] = {}
         # Attention wants room for the padding of a step too: with one place more, an idle slot always has it.
@@ -68,6 +73,7 @@ class OnnxSession(TokenSession):
             vocab_size=facts.vocab_size,
             max_length=limits.max_length,
         )
+        self._logits = _Logits(slots, facts.vocab_size)
 
     def execute(self, plan: StepPlan) -> StepResult:
         logits: dict[int, Floats] = {}
@@ -77,7 +83,7 @@ class OnnxSession(TokenSession):
 
     def _launch(self, rows: Sequence[Row]) -> _Launch:
         layout = _layout(rows)
-        launch = self._launches.pop(layout, None) or _Launch(self._session, self._cache, layout, self.caps.vocab_size)
+        launch = self._launches.pop(layout, None) or _Launch(self._session, self._cache, layout, self._logits)
         self._launches[layout] = launch
         if len(self._launches) > LAYOUTS:
             del self._launches[next(iter(self._launches))]
@@ -103,7 +109,7 @@ class OnnxSession(TokenSession):
         with tempfile.TemporaryDirectory() as folder:
             session = self._load(trace=Path(folder) / "trace")
             launches = [
-                (_Launch(session, self._cache, _layout(rows), self.caps.vocab_size), rows)
+                (_Launch(session, self._cache, _layout(rows), self._logits), rows)
                 for rows in _launches(plan.rows, self._capacity)
             ]
             # Twice: the first run warms up. Both write the same keys and values to the same places.
@@ -117,6 +123,26 @@ class OnnxSession(TokenSession):
         self._cache.clear()
 
 
+class _Logits:
+    """Where logits are written: the same memory step after step, unless somebody still reads what lies there.
+
+    Args:
+        rows: of it, as many as a step of decoding wants. What wants more gets memory of its own.
+        vocab_size: numbers in a row.
+    """
+
+    def __init__(self, rows: int, vocab_size: int) -> None:
+        self._kept, self._version = np.empty((rows, vocab_size), np.float32), 1
+
+    def take(self, rows: int) -> tuple[Floats, int]:
+        """`[rows, vocabulary]`, and a number that stands for its address, or `UNBOUND` for memory of its own."""
+        if rows > len(self._kept):
+            return np.empty((rows, self._kept.shape[1]), np.float32), UNBOUND
+        if sys.getrefcount(self._kept) > UNSHARED:  # views count
+            self._kept, self._version = np.empty_like(self._kept), self._version + 1
+        return self._kept[:rows], self._version
+
+
 class _Launch:
     """A run of the graph for rows of one layout: which slots, how many new tokens each, and which logits.
 
@@ -124,13 +150,12 @@ class _Launch:
     """
 
     def __init__(
-        self, session: Any, cache: Mapping[str, npt.NDArray[np.generic]], layout: Layout, vocab_size: int
+        self, session: Any, cache: Mapping[str, npt.NDArray[np.generic]], layout: Layout, logits_memory: _Logits
     ) -> None:
         slots, counts, logits = zip(*layout, strict=True)
         first, width, tokens = min(slots), max(counts), sum(counts)
         window = max(slots) + 1 - first
-        self._rows = np.array(slots) - first
-        self._counts = np.array(counts, np.int32)
+        self._rows, self._counts = np.array(slots) - first, counts
         # Slots of the window without a row: no new token, and a cache that is said to hold one.
         query_seqlens, self._seqlens = np.zeros(window, np.int32), np.zeros(window, np.int32)
         query_seqlens[self._rows] = counts
@@ -146,7 +171,8 @@ class _Launch:
             kept += range(start + wanted.start, start + wanted.stop)
             self._ends.append(len(kept))
             start = end
-        self._width, self._logits_shape = width, (len(kept), vocab_size)
+        self._width, self._logits = width, logits_memory
+        self._wanted, self._bound = len(kept), UNBOUND
         # Bindings hold addresses only, so the arrays live here.
         self._inputs = {
             "tokens": self._tokens,
@@ -167,15 +193,23 @@ class _Launch:
 
     def __call__(self, rows: Sequence[Row]) -> dict[int, Floats]:
         """The logits of `rows`, which have this layout, by sequence."""
+        # Few calls of numpy: after each step the weights have washed its code out of the caches.
         self._tokens[:] = [token for row in rows for token in row.tokens]
-        lengths = self._counts + [row.computed for row in rows]
-        self._seqlens[self._rows] = lengths - 1
-        self._total[...] = max(int(lengths.max()), self._width)
-        logits = np.empty(self._logits_shape, np.float32)
-        self._binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+        lengths = [row.computed + count for row, count in zip(rows, self._counts, strict=True)]
+        self._seqlens[self._rows] = [length - 1 for length in lengths]
+        self._total[...] = max(*lengths, self._width)
+        logits, version = self._logits.take(self._wanted)
+        if version != self._bound or version == UNBOUND:
+            self._binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+            self._bound = version
         self._session.run_with_iobinding(self._binding)
         starts = [0, *self._ends]
         return {row.sequence: logits[a:b] for row, a, b in zip(rows, starts, self._ends, strict=False)}
+
+
+def _loaded(graph: Path, **settings: Any) -> Any:
+    with huge_pages():
+        return load(graph, **settings)
 
 
 def _layout(rows: Sequence[Row]) -> Layout:

@@ -27,19 +27,18 @@ class OnnxTensorSession(TensorSession):
 
     Args:
         directory: holds the files.
-        threads: that run one call.
-        spin: whether threads that wait for their share keep their cores busy.
+        settings: the keyword arguments of `loading.load`.
 
     Raises:
         DamagedError: a file is missing, cut short, or not what was written.
     """
 
-    def __init__(self, directory: Path, *, threads: int, spin: bool) -> None:
+    def __init__(self, directory: Path, **settings: Any) -> None:
         facts = TensorFacts.read(directory)
         graph = directory / GRAPH
         self._graph = graph
-        self._how: dict[str, Any] = {"threads": threads, "spin": spin}
-        self._session: Any = load(graph, **self._how)
+        self._settings = settings
+        self._session: Any = load(graph, **settings)
         self.inputs = {value.name: _spec(value) for value in self._session.get_inputs()}
         self.outputs = {value.name: _spec(value) for value in self._session.get_outputs()}
         found = [list(self.inputs), list(self.outputs)]
@@ -51,7 +50,7 @@ class OnnxTensorSession(TensorSession):
 
     def profile(self, inputs: Mapping[str, npt.NDArray[np.generic]]) -> list[KernelTime]:
         with tempfile.TemporaryDirectory() as scratch:
-            session = load(self._graph, **self._how, trace=Path(scratch) / "trace")
+            session = load(self._graph, **self._settings, trace=Path(scratch) / "trace")
             for _ in range(2):  # the first run makes room
                 session.run(None, self._feed(inputs))
             return kernel_times(Path(session.end_profiling()), self._graph, runs=1)
