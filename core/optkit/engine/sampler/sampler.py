@@ -69,6 +69,7 @@ class Sampler:
         self._biases: dict[int, tuple[Integers, npt.NDArray[np.float32]]] = {}
         self._matchers: dict[int, Matcher] = {}
         self._penalties = Penalties(vocab_size)
+        self._plain: set[int] = set()  # the likeliest token, whatever it is, and nothing said of it
 
     def open(
         self,
@@ -115,6 +116,9 @@ class Sampler:
             matcher is not None,
             params.logprobs or 0 if params.needs_logprobs else _NONE,
         )
+        altered = bans or params.logit_bias or matcher is not None or _penalized(params)
+        if params.temperature == 0 and not (altered or params.needs_logprobs):
+            self._plain.add(handle)
         return handle
 
     def close(self, handle: int) -> None:
@@ -124,6 +128,7 @@ class Sampler:
             self._penalties.close(slot)
         for kept in (self._bans, self._biases, self._matchers):
             kept.pop(handle, None)
+        self._plain.discard(handle)
         self._free.append(handle)
 
     def sample(self, logits: Logits, handles: Sequence[int], positions: Sequence[int]) -> Sampled:
@@ -134,6 +139,8 @@ class Sampler:
             handles: of each row. Where the parameters do not depend on history, a sample may have several rows.
             positions: in prompt and output together, that each row's token will take.
         """
+        if self._plain.issuperset(handles):
+            return Sampled(logits.argmax(axis=1).tolist(), [None] * len(handles))
         rows = np.asarray(handles, dtype=np.int64)
         settings, places = self._settings[rows], np.asarray(positions, dtype=np.int64)
         banned = places < settings["end_from"]
@@ -151,6 +158,8 @@ class Sampler:
 
     def accept(self, handles: Sequence[int], tokens: Sequence[int]) -> None:
         """The tokens become output of their samples, in this order."""
+        if self._plain.issuperset(handles):
+            return
         slots = self._settings["penalties"][np.asarray(handles, dtype=np.int64)]
         penalized = slots != _NONE
         if penalized.any():
