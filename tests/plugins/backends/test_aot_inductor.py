@@ -63,8 +63,9 @@ def test_any_module_runs_for_any_batch(small):
     with BACKEND.open(folder, folder, LIMITS) as session:
         assert session.inputs == {"image": TensorSpec("float32", (None, 8))}
         assert session.outputs == {"output": TensorSpec("float32", (None, 3))}
-        for batch in (1, 2, 7):
-            image = torch.rand(batch, 8)
+        # By rows, by columns, and every other one: what was compiled reads rows.
+        images = [torch.rand(batch, 8) for batch in (1, 2, 7)]
+        for image in (*images, torch.rand(8, 7).T, torch.rand(7, 16)[:, ::2]):
             found = session.run({"image": image.numpy()})["output"]
             with torch.inference_mode():
                 assert distance(found, module(image).numpy()) < 1e-5

@@ -73,6 +73,12 @@ def prepared(load: Any, format: str, folder: Path, length: int, count: int) -> P
     return Prepared(format, model, folder, judged)
 
 
+@pytest.fixture(autouse=True)
+def shared_kernels(isolation, tmp_path_factory, monkeypatch):
+    """What `torch_compile` compiles is the same for all formats whose weights become floats."""
+    monkeypatch.setenv("OPTKIT_CACHE", str(tmp_path_factory.getbasetemp() / "kernels"))
+
+
 @pytest.fixture(scope="module", params=FORMATS)
 def language_model(request, smollm2, tmp_path_factory):
     folder = tmp_path_factory.mktemp("language")

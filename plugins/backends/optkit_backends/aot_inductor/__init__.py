@@ -9,7 +9,7 @@ from optkit.backends import Backend, Lowering, TensorSession, TokenSession
 from optkit.model import Model, ModelCard
 from optkit.steps import Limits
 from optkit.weights import FEATURE_EXTRACTION
-from optkit_backends.graphs.inductor import compiler_missing
+from optkit_backends.graphs.inductor import COMPILING_BYTES, compiler_missing
 from optkit_backends.graphs.lowering import graph_lowering
 
 __all__ = ["AOTInductor"]
@@ -43,7 +43,7 @@ class AOTInductor(Backend):
 
     def runtime_bytes(self, card: ModelCard, weight_bytes: int) -> int:
         # The float weights that are exported, their bytes as inductor writes them, and the library that checks map.
-        return 3 * card.parameters * 4
+        return 3 * card.parameters * 4 + COMPILING_BYTES
 
     def compile(self, model: Model, directory: Path) -> None:
         from optkit_backends.aot_inductor.compiling import compile_decoder, compile_encoder

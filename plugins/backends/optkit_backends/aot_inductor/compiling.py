@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from optkit.errors import RecipeError
 from optkit_backends.aot_inductor.files import PACKAGE, PackagedDecoder, PackagedTensors, load, made_here
 from optkit_backends.graphs.checking import check_sizes
 from optkit_backends.graphs.decoder import OTHER_SIZES, DecoderGraph
-from optkit_backends.graphs.inductor import OPTIONS, keeping_in, quiet, sizes_of_any_kind
+from optkit_backends.graphs.exporting import exported, impossible
+from optkit_backends.graphs.inductor import OPTIONS, keeping_in, quiet
 from optkit_backends.graphs.tensors import TensorGraph
 
 __all__ = ["compile_decoder", "compile_encoder", "compile_tensors"]
@@ -77,12 +77,7 @@ def _compile(graph: TensorGraph, directory: Path) -> None:
 def _package(
     module: nn.Module, example: tuple[Tensor, ...], dynamic: Sequence[Sequence[int]], name: str, directory: Path
 ) -> None:
-    sizes = tuple(dict.fromkeys(axes, torch.export.Dim.AUTO) for axes in dynamic)
-    try:
-        with torch.no_grad(), quiet(), sizes_of_any_kind():
-            program = torch.export.export(module, example, dynamic_shapes=(sizes,))
-    except Exception as error:  # whatever the module's own code raises where it meets what is traced
-        raise _impossible("torch.export cannot record it", name, error) from error
+    program = exported(module, example, dynamic, name)
     try:
         # Inductor's own directory would keep a copy of the weights.
         with tempfile.TemporaryDirectory(dir=directory) as scratch, keeping_in(Path(scratch)), quiet():
@@ -90,7 +85,7 @@ def _package(
                 program, package_path=str(directory / PACKAGE), inductor_configs=dict(OPTIONS)
             )
     except Exception as error:  # of many kinds, by what inductor or the C++ compiler cannot do
-        raise _impossible("inductor cannot compile it", name, error) from error
+        raise impossible("inductor cannot compile it", name, error) from error
 
 
 def _check(
@@ -102,8 +97,3 @@ def _check(
 ) -> None:
     check_sizes(module, load(directory, facts), others, name, "what inductor compiled")
     facts.write(directory)
-
-
-def _impossible(what: str, name: str, error: Exception) -> RecipeError:
-    reason = str(error).strip().partition("\n")[0]
-    return RecipeError(f"{what} ({reason})", where=name, remedy="choose another backend")

@@ -5,16 +5,27 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import sysconfig
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["OPTIONS", "compiler_missing", "keeping_in", "quiet", "sizes_of_any_kind"]
+__all__ = [
+    "COMPILING_BYTES",
+    "OPTIONS",
+    "compiler_missing",
+    "headers_missing",
+    "keeping_in",
+    "quiet",
+    "sizes_of_any_kind",
+]
 
 OPTIONS = {"cpp.enable_kernel_profile": True, "cpp.dynamic_threads": True}
 """A profiler sees the kernels that inductor writes, which costs nothing where none looks; and the number of threads is
 that of the process that runs them."""
+COMPILING_BYTES = 512 << 20
+"""What inductor and the C++ compilers that it starts take beside the weights, whatever the model; about."""
 _VARIABLE = "TORCHINDUCTOR_CACHE_DIR"
 
 
@@ -25,6 +36,15 @@ def compiler_missing() -> str | None:
     if shutil.which(name):
         return None
     return f"needs a C++ compiler, and there is no {name}; install it, or set CXX to one"
+
+
+def headers_missing() -> str | None:
+    """What to install so that Python can call what inductor compiles, or None where it can. Imports nothing heavy."""
+    folder = Path(sysconfig.get_path("include", scheme="posix_prefix"))
+    # A framework of macOS has them elsewhere, and always.
+    if sys.platform == "darwin" or (folder / "Python.h").is_file():
+        return None
+    return f"needs Python's headers, and there is no Python.h in {folder}; install the package python3-dev or its like"
 
 
 @contextmanager

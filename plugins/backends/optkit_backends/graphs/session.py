@@ -90,7 +90,8 @@ class GraphTensorSession(TensorSession):
         """The outputs in their order."""
 
     def run(self, inputs: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, npt.NDArray[np.generic]]:
-        found = self._call(tuple(torch.from_numpy(inputs[name]) for name in self.inputs))
+        # What was compiled reads rows, whatever the strides say.
+        found = self._call(tuple(torch.from_numpy(np.asarray(inputs[name], order="C")) for name in self.inputs))
         return {name: tensor.numpy() for name, tensor in zip(self.outputs, found, strict=True)}
 
     def profile(self, inputs: Mapping[str, npt.NDArray[np.generic]]) -> list[KernelTime]:
