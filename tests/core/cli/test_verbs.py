@@ -382,7 +382,7 @@ def test_a_plugin_is_shown_with_its_options(here, ran):
     found = json.loads(ran("plugins", "show", "quantize.rtn", "--json"))
     assert found["kind"] == "transform"
     assert set(found["schema"]["properties"]) >= {"bits", "targets"}
-    assert "No options." in ran("plugins", "show", "torch")
+    assert "No options." in ran("plugins", "show", "torch_compile")
 
 
 def test_a_plugin_can_be_left_out(here, ran):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -92,7 +95,7 @@ def test_it_conforms(format, tiny_llama):
 # The products.
 
 
-@settings(max_examples=150)
+@settings(max_examples=80)
 @given(
     shape=st.tuples(st.integers(1, 130), st.integers(1, 40), st.integers(0, 9) | st.sampled_from([119, 120, 121, 250])),
     bits=st.integers(2, 8) | st.none(),
@@ -130,7 +133,8 @@ def test_products_are_those_of_float64(shape, bits, groups, symmetric, activatio
     # Of one sum of floats, an ulp a step at the worst.
     assert ((found - wanted).abs() <= 2**-22 * features * size + 1e-6).all()
     if activations is not None and activations.symmetric and bits and bits > 4 and symmetric and not groups:
-        assert ((found - wanted).abs() <= 2**-21 * (wanted.abs() + (0 if shift is None else shift.abs()))).all()
+        # The integers add up exactly: what is left is how the reference rounds each input, and the scales at the end.
+        assert ((found - wanted).abs() <= 2**-22 * (size + (0 if shift is None else shift.abs()))).all()
 
 
 def product(layer, input, portable):
@@ -321,3 +325,32 @@ def test_what_cannot_be_built_is_said_in_one_line(monkeypatch, tmp_path):
     ) as raised:
         building.library.__wrapped__()
     assert "\n" not in str(raised.value)
+
+
+SANITIZED = """
+import sys
+
+import pytest
+
+from optkit_backends.torch.native import building
+
+building._FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
+building._LINKING += ["-fsanitize=address,undefined"]
+wanted = "products or schedule or architectures or conforms"
+sys.exit(pytest.main(["-q", "-n0", "-p", "no:cacheprovider", "--timeout=0", "-k", wanted, sys.argv[1]]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_sanitizers_find_nothing(tmp_path):
+    preloaded = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    environment = os.environ | {
+        "LD_PRELOAD": preloaded.stdout.strip(),
+        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
+        "OPTKIT_CACHE": str(tmp_path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SANITIZED, __file__], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

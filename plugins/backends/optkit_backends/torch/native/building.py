@@ -8,7 +8,6 @@ import os
 import shutil
 import sys
 import sysconfig
-from contextlib import redirect_stdout
 from ctypes import POINTER, c_char_p, c_int, c_int64, c_void_p
 from pathlib import Path
 
@@ -21,6 +20,7 @@ __all__ = ["library", "missing"]
 _SOURCES = Path(__file__).with_name("csrc")
 # What changes no result but which of two neighbours a float is: errno of math functions, and floating-point traps.
 _FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+_LINKING = ["-pthread"]
 
 
 def missing() -> str | None:
@@ -45,20 +45,23 @@ def library() -> ctypes.CDLL:
     Raises:
         MachineError: they cannot be built.
     """
+    import torch
+    from filelock import FileLock
     from torch.utils import cpp_extension
 
-    sources = sorted(_SOURCES.iterdir())
-    name, folder = "optkit_native", cache_root() / "native"
+    folder = cache_root() / "native" / torch.__version__
     folder.mkdir(parents=True, exist_ok=True)
     before = os.environ.get("PATH", "")
     os.environ["PATH"] = _path()
     try:
-        with redirect_stdout(sys.stderr):
-            cpp_extension.load(
-                name,
-                [str(source) for source in sources if source.suffix == ".cpp"],
+        # The loader's own lock is a file that a killed process leaves behind, and that others then wait for.
+        with FileLock(folder.with_name(f"{folder.name}.lock")):
+            (folder / "lock").unlink(missing_ok=True)
+            file = cpp_extension.load(
+                "optkit_native",
+                [str(source) for source in sorted(_SOURCES.glob("*.cpp"))],
                 extra_cflags=_FLAGS,
-                extra_ldflags=["-pthread"],
+                extra_ldflags=_LINKING,
                 build_directory=str(folder),
                 is_python_module=False,
             )
@@ -71,7 +74,7 @@ def library() -> ctypes.CDLL:
         ) from error
     finally:
         os.environ["PATH"] = before
-    found = ctypes.CDLL(str(folder / f"{name}.so"))
+    found = ctypes.CDLL(file)
     for function, result, arguments in (
         ("optkit_instructions", c_char_p, []),
         ("optkit_open", c_void_p, [POINTER(Model), c_int, c_int64, c_int]),
