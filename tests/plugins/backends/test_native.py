@@ -260,6 +260,14 @@ def test_profile_tells_of_every_layer(tiny_llama, tmp_path):
 # What is refused.
 
 
+@pytest.mark.parametrize("row", [Row(1, (9, 1_000_000), 0, (0,)), Row(1, (-1,), 0, (0,)), Row(1, (5,), 0, (999,))])
+def test_a_step_that_cannot_be_run_raises_and_can_be_followed(row, session):
+    [wanted] = run(session, Row(0, A, 0, (0, 1, 2)))
+    with pytest.raises(IndexError, match="tokens that the vocabulary, or blocks that the cache, does not have"):
+        run(session, Row(0, C, 0, (0,)), row)
+    np.testing.assert_array_equal(run(session, Row(0, A, 0, (0, 1, 2)))[0], wanted)
+
+
 REFUSED = {
     "is of the architecture gpt2": "gpt2",
     "is of the architecture qwen3_moe": "qwen3-moe",

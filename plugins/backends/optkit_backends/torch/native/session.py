@@ -68,6 +68,10 @@ class NativeSession(PooledSession):
             table[index, : len(row.blocks)] = row.blocks
             kept += range(starts[index] + row.wanted.start, starts[index] + row.wanted.stop)
             ends.append(len(kept))
+        caps = self.caps
+        if min(tokens.min(), table.min()) < 0 or tokens.max() >= caps.vocab_size or table.max() >= caps.blocks:
+            # Compiled code would read or write somewhere else.
+            raise IndexError("a step with tokens that the vocabulary, or blocks that the cache, does not have")
         places = np.array(kept, np.int32)
         logits = np.empty((len(kept), self.caps.vocab_size), np.float32)
         arrays = (tokens, starts, computed, table, places, logits)
