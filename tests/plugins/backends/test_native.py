@@ -35,6 +35,7 @@ from optkit_quantize.w4a8 import W4A8
 from tests.architectures import OTHERS as KNOWN
 from tests.architectures import SHAPE, other
 from tests.calibrating import context, texts
+from tests.scheduling import in_any_steps
 from tests.shaping import behead, factored, narrow
 
 BACKEND = Torch(kernels="native", threads=2)
@@ -161,24 +162,9 @@ def test_any_schedule_gives_the_same_bits(session, data):
     lengths = data.draw(st.lists(st.integers(1, 90), min_size=1, max_size=4))
     texts = [tuple(random.Random(seed).choices(range(300), k=length)) for seed, length in enumerate(lengths)]
     wanted = [run(session, Row(0, text, 0, tuple(range(6)), "all"))[0] for text in texts]
-    free = data.draw(st.permutations(range(session.caps.blocks)))
-    blocks: list[tuple[int, ...]] = [() for _ in texts]
-    done = [0] * len(texts)
-    found: list[list[np.ndarray]] = [[] for _ in texts]
-    while any(count < len(text) for count, text in zip(done, texts, strict=True)):
-        rows = []
-        for i in data.draw(st.permutations(range(len(texts)))):
-            take = min(len(texts[i]) - done[i], data.draw(st.sampled_from([90, 1, 5, 16, 0])))
-            if take:
-                missing = -(-(done[i] + take) // 16) - len(blocks[i])
-                blocks[i] += tuple(free.pop() for _ in range(missing))
-                rows.append(Row(i, texts[i][done[i] : done[i] + take], done[i], blocks[i], "all"))
-        if rows:
-            for row, logits in zip(rows, run(session, *rows), strict=True):
-                found[row.sequence].append(logits)
-                done[row.sequence] += len(row.tokens)
+    found = in_any_steps(data, session, texts, session.caps.blocks)
     for logits, whole in zip(found, wanted, strict=True):
-        np.testing.assert_array_equal(np.concatenate(logits), whole)
+        np.testing.assert_array_equal(logits, whole)
 
 
 @pytest.mark.parametrize("format", ["float", "int8 dynamic", "int8 cache", "int4 group"])

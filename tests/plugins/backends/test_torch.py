@@ -24,6 +24,7 @@ from optkit_backends.torch.attention import GATHERED
 from optkit_batching.static import Static
 from optkit_quantize.rtn import RTN
 from tests.architectures import OTHERS, SHAPE, other
+from tests.scheduling import in_any_steps
 
 A, B, C = tuple(range(10, 50)), tuple(range(40, 47)), tuple(range(5, 18))
 LIMITS = Limits(max_batch_size=4, max_length=64)
@@ -186,24 +187,9 @@ def test_many_rows_of_different_lengths_decode_together(opened):
 def test_any_schedule_gives_the_logits_of_the_whole_text(opened, session, data):
     lengths = data.draw(st.lists(st.integers(1, 64), min_size=1, max_size=4))
     texts = [tuple(random.Random(seed).choices(range(300), k=length)) for seed, length in enumerate(lengths)]
-    free = data.draw(st.permutations(range(16)))
-    blocks: list[tuple[int, ...]] = [() for _ in texts]
-    done = [0] * len(texts)
-    found: list[list[np.ndarray]] = [[] for _ in texts]
-    while any(count < len(text) for count, text in zip(done, texts, strict=True)):
-        rows = []
-        for i in data.draw(st.permutations(range(len(texts)))):
-            take = min(len(texts[i]) - done[i], data.draw(st.sampled_from([64, 1, 5, 16, 0])))
-            if take:
-                missing = -(-(done[i] + take) // 16) - len(blocks[i])
-                blocks[i] += tuple(free.pop() for _ in range(missing))
-                rows.append(Row(i, texts[i][done[i] : done[i] + take], done[i], blocks[i], "all"))
-        if rows:
-            for row, logits in zip(rows, run(session, *rows), strict=True):
-                found[row.sequence].append(logits)
-                done[row.sequence] += len(row.tokens)
+    found = in_any_steps(data, session, texts, 16)
     for text, logits in zip(texts, found, strict=True):
-        close(np.concatenate(logits), expected(opened[0], text))
+        close(logits, expected(opened[0], text))
 
 
 def test_generates_what_transformers_generates(opened, session):

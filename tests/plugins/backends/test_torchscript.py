@@ -29,6 +29,7 @@ from optkit_quantize.rtn import RTN
 from tests.architectures import OTHERS, SHAPE, other
 from tests.calibrating import context, texts
 from tests.damaging import HARMS, damage
+from tests.scheduling import in_any_steps
 
 A, B = tuple(range(10, 50)), tuple(range(5, 18))
 LIMITS = Limits(max_batch_size=4, max_length=64)
@@ -79,24 +80,9 @@ def test_any_schedule_gives_the_logits_of_the_whole_text(llama, data):
     model, session = llama
     lengths = data.draw(st.lists(st.integers(1, 64), min_size=1, max_size=4))
     sequences = [tuple(random.Random(seed).choices(range(300), k=length)) for seed, length in enumerate(lengths)]
-    free = list(data.draw(st.permutations(range(16))))
-    blocks: list[tuple[int, ...]] = [() for _ in sequences]
-    done = [0] * len(sequences)
-    found: list[list[np.ndarray]] = [[] for _ in sequences]
-    while any(count < len(text) for count, text in zip(done, sequences, strict=True)):
-        rows = []
-        for i in data.draw(st.permutations(range(len(sequences)))):
-            take = min(len(sequences[i]) - done[i], data.draw(st.sampled_from([64, 1, 5, 16, 0])))
-            if take:
-                missing = -(-(done[i] + take) // 16) - len(blocks[i])
-                blocks[i] += tuple(free.pop() for _ in range(missing))
-                rows.append(Row(i, sequences[i][done[i] : done[i] + take], done[i], blocks[i], "all"))
-        if rows:
-            for row, logits in zip(rows, run(session, *rows), strict=True):
-                found[row.sequence].append(logits)
-                done[row.sequence] += len(row.tokens)
+    found = in_any_steps(data, session, sequences, 16)
     for text, logits in zip(sequences, found, strict=True):
-        assert distance(np.concatenate(logits), expected(model, text)) < 1e-5
+        assert distance(logits, expected(model, text)) < 1e-5
 
 
 def test_only_the_wanted_logits_come_back(llama):

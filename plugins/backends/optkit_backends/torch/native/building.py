@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 import sysconfig
-from ctypes import POINTER, c_char_p, c_int, c_int64, c_void_p
+from ctypes import POINTER, c_int, c_int64, c_void_p
 from pathlib import Path
 
 from optkit.errors import MachineError
@@ -76,7 +76,6 @@ def library() -> ctypes.CDLL:
         os.environ["PATH"] = before
     found = ctypes.CDLL(file)
     for function, result, arguments in (
-        ("optkit_instructions", c_char_p, []),
         ("optkit_open", c_void_p, [POINTER(Model), c_int, c_int64, c_int]),
         ("optkit_close", None, [c_void_p]),
         ("optkit_step", c_int, [c_void_p, POINTER(Step)]),

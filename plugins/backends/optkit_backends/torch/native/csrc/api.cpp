@@ -16,16 +16,15 @@ namespace {
 constexpr int64_t PER_THREAD = (256 + 120) * TILE;  // what products want of `scratch`; see weights.inc and step.inc
 
 struct Kernels {
-  const char* name;
   void (*step)(Team*, const Model&, const Step&, const Buffers&, int);
   void (*product)(Team*, const Linear&, const float*, int64_t, float*, const Buffers&);
 };
 
-constexpr Kernels PORTABLE = {"portable", step_portable, product_portable};
+constexpr Kernels PORTABLE = {step_portable, product_portable};
 
 const Kernels& fastest() {
 #if defined(__x86_64__)
-  static constexpr Kernels AVX2 = {"avx2", step_avx2, product_avx2};
+  static constexpr Kernels AVX2 = {step_avx2, product_avx2};
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
 #endif
   return PORTABLE;
@@ -106,8 +105,6 @@ void run(void* given, int thread) {
 }  // namespace
 
 extern "C" {
-
-const char* optkit_instructions() { return fastest().name; }
 
 Decoder* optkit_open(const Model* model, int threads, int64_t max_length, int portable) {
   try {
