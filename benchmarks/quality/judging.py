@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -36,8 +35,10 @@ class Problem:
     """
 
     def __init__(self, file: str, *, tokens: int, samples: int, device: str, kept: Path, length: int = LENGTH) -> None:
+        from optkit import hardware
         from optkit.plugins import Plugins
 
+        hardware.keep_freed_memory()
         self.device, self.kept, self._file, self._tokens = device, kept, file, tokens
         self._samples, self._length = samples, length
         self._plugins = Plugins.load(third_party=False)
@@ -123,9 +124,7 @@ def in_processes(names: Iterable[str], jobs: int, *more: str) -> Iterator[tuple[
 
     def child(name: str) -> dict[str, Any] | None:
         command = [sys.executable, *sys.argv, "--row", name, *more]
-        # glibc would give large blocks back to the system and fault them in again, all the time.
-        kept = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | kept)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             print(f"{name} failed: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr, flush=True)
             return None

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 from dataclasses import replace
@@ -290,3 +291,21 @@ def test_the_quick_probe_gives_a_possible_figure():
 def test_any_name_that_a_driver_may_print_survives(name, size):
     device = facts.parse_smi(f"{name}, {size}")
     assert device == hardware.Device(name.strip(), size * 2**20 if isinstance(size, int) else None)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc's heap has these settings")
+def test_freed_memory_is_kept_and_not_faulted_in_again():
+    code = """
+import resource, torch
+from optkit import hardware
+assert hardware.keep_freed_memory()
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(4):
+        torch.ones(16 << 20).mul_(2)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+faults()
+print(faults())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 4 * (64 << 20) / 4096 / 100  # each of the four blocks has 64 MiB of pages

@@ -36,9 +36,11 @@ def apply_recipe(
     The artifact is published only if it keeps the recipe's gates. Finished steps are kept: an interrupted apply goes on
     where it was.
     """
+    from optkit import hardware
     from optkit.apply import apply, make_plan
     from optkit.recipe import load_recipe
 
+    hardware.keep_freed_memory()
     plugins = plugins_of(context)
     loaded = load_recipe(recipe, plugins)
     plan = make_plan(loaded, plugins)

@@ -14,6 +14,7 @@ from optkit.hardware.facts import (
     memory,
     usable_cores,
 )
+from optkit.hardware.heap import keep_freed_memory
 
 __all__ = [
     "Device",
@@ -24,6 +25,7 @@ __all__ = [
     "cpu_name",
     "devices",
     "isa",
+    "keep_freed_memory",
     "libraries",
     "machine",
     "measure",
