@@ -1,10 +1,10 @@
-"""Measures what each pruner costs SmolLM2-135M, and what `prune.recover` wins back, on text that neither learnt from.
+"""Measures what each pruner costs SmolLM2-135M and saves of its file, and what `prune.recover` wins back.
 
 Usage: python benchmarks/quality/recovery.py [--only PATTERN] [--steps N] [--device cuda] [--jobs N] [--output FILE]
 
-The pruners are those of pruners.py. On two cores 200 steps take a quarter of an hour a row, on a GPU less than a
-minute. Writes JSON after every row, and a table beside it; rows that are there already, made with the same settings on
-the same machine, are kept.
+Judged on text that neither learnt from. The pruners are those of pruners.py, which measures speed. On two cores 200
+steps take a quarter of an hour a row, on a GPU a minute. Writes JSON after every row, and a table beside it; rows that
+are there already, made with the same settings on the same machine, are kept.
 """
 
 from __future__ import annotations
@@ -21,15 +21,19 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from judging import CONTEXT, MODEL, DeviceScorer, Problem
 from pruners import of_decoder
 from rows import Rows
 
-from optkit import hardware
+from optkit import hardware, measure
 from optkit.transforms import TransformContext
+from optkit.weights import save_folder
+
+if TYPE_CHECKING:
+    from optkit.model import Model
 
 LENGTH = 256
 
@@ -108,8 +112,19 @@ def measured(name: str, steps: int) -> dict[str, Any]:
         "tags": sorted(model.tags),
         "parameters": sum(weight.numel() for weight in weights),
         "zeros": sum(int((weight == 0).sum()) for weight in weights),
+        **sizes(model),
         "steps": found,
     }
+
+
+def sizes(model: Model) -> dict[str, int]:
+    """Bytes of the folder of a model, as it is and compressed."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_folder(model, Path(folder))
+        return {
+            "weight_bytes": measure.folder_bytes(Path(folder)),
+            "compressed_bytes": measure.compressed_bytes(Path(folder)),
+        }
 
 
 def cells(row: dict[str, Any]) -> list[str]:
@@ -122,6 +137,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         *(f"{step['metrics']['kl']['value']:.3f}" for step in row["steps"]),
         f"{row['parameters'] / 1e6:.1f}",
         f"{row['zeros'] / row['parameters']:.0%}",
+        *(f"{row[size] / 1e6:.1f}" for size in ("weight_bytes", "compressed_bytes")),
     ]
 
 
@@ -135,13 +151,25 @@ def table(data: dict[str, Any]) -> str:
         f"{settings['calibration_samples']} windows of {settings['sequence_length']} that share no text with them; "
         f"recovery is `prune.recover` with {settings['steps']} steps of 512 tokens. Ratios are to the whole model, "
         "with 95% intervals; KL in nats. Won back is the share of the lost log-perplexity. Zeros are of all weights, "
-        f"embeddings too. Machine: {device}, {machine['cores']} cores; {libraries}."
+        f"embeddings too. Sizes are of the recovered weights, as stored and compressed by zlib. Machine: {device}, "
+        f"{machine['cores']} cores; {libraries}."
     )
-    names = ["method", "perplexity", "recovered", "won back", "KL", "recovered", "parameters M", "zeros"]
+    names = [
+        "method",
+        "perplexity",
+        "recovered",
+        "won back",
+        "KL",
+        "recovered",
+        "parameters M",
+        "zeros",
+        "size MB",
+        "compressed MB",
+    ]
     lines = [
         "<!-- Written by benchmarks/quality/recovery.py; run it again instead of editing. -->",
         "",
-        "# Recovery of SmolLM2-135M-Instruct",
+        "# Pruners on SmolLM2-135M-Instruct, and their recovery",
         "",
         told,
         "",
