@@ -17,7 +17,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do "$$na
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: test-gpu bench-quantizers bench-pruners bench-recovery bench-encoders bench-runtimes bench-causal-lm help quickstart bench-quickstart bench-continuous bench-scheduler bench-serving install test test-slow test-nightly test-soak test-clients lint types layers docs docs-check check clean
+.PHONY: test-gpu bench-quantizers bench-pruners bench-recovery bench-encoders bench-runtimes bench-cpu-lm help quickstart bench-quickstart bench-continuous bench-scheduler bench-serving install test test-slow test-nightly test-soak test-clients lint types layers docs docs-check check clean
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of"
@@ -98,8 +98,8 @@ bench-encoders: .venv/.core ## measure sentence encoding beside int8 of ONNX Run
 	.venv/bin/python benchmarks/encoders/encoders.py .cache/encoders $(ARGS)
 	@echo "Next: git diff benchmarks"
 
-bench-causal-lm: .venv/.core ## measure SmolLM2 in int8 beside onnxruntime-genai, alone and 16 at once, into benchmarks/
-	.venv/bin/python benchmarks/causal_lm/causal_lm.py .cache/causal_lm $(ARGS)
+bench-cpu-lm: .venv/.dev ## measure SmolLM2 beside llama.cpp, OpenVINO GenAI and onnxruntime-genai, into benchmarks/
+	.venv/bin/python benchmarks/cpu_lm/cpu_lm.py .cache/cpu_lm $(ARGS)
 	@echo "Next: git diff benchmarks"
 
 bench-runtimes: .venv/.dev ## measure every installed runtime on one language model and one encoder, into benchmarks/

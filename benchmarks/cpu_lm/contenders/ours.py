@@ -1,12 +1,12 @@
 """An artifact of optkit, its steps planned by its own recipe.
 
-Usage: python ours.py WORKLOAD ARTIFACT
+Usage: python ours.py WORKLOADS ARTIFACT
 """
 
 from __future__ import annotations
 
 import sys
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,40 +29,21 @@ class Ours(Generator):
         opened, self._batcher = open_files(self.recipe, files_of(artifact), Plugins.load())
         self._session = token_session(opened, artifact)
 
-    def single(self, request: Request) -> tuple[float, list[list[int]]]:
+    def generate(self, requests: list[Request]) -> Iterator[list[tuple[int, int]]]:
         engine = Engine(self._session, self._batcher)
-        outputs = _added(engine, [request])
-        while not outputs[0]:
-            _step(engine, outputs)
-        begin = time.perf_counter()
+        for request in requests:
+            params = SamplingParams(max_tokens=request.output, ignore_eos=True)
+            engine.add(optkit.engine.Request(tuple(request.prompt), params))
         while engine.busy:
-            _step(engine, outputs)
-        return time.perf_counter() - begin, outputs
-
-    def batch(self, requests: list[Request]) -> tuple[float, list[list[int]]]:
-        begin = time.perf_counter()
-        engine = Engine(self._session, self._batcher)
-        outputs = _added(engine, requests)
-        while engine.busy:
-            _step(engine, outputs)
-        return time.perf_counter() - begin, outputs
+            came = []
+            for event in engine.step():
+                assert event.token is not None, event.error
+                came.append((event.request, event.token))
+            if came:
+                yield came
 
     def logits(self, tokens: list[int]) -> Floats:
         return SessionScorer(self._session).logits(tuple(tokens))
-
-
-def _added(engine: Engine, requests: list[Request]) -> list[list[int]]:
-    """Where the tokens of requests will be, which an engine numbers from 0."""
-    for request in requests:
-        params = SamplingParams(max_tokens=request.output, ignore_eos=True)
-        engine.add(optkit.engine.Request(tuple(request.prompt), params))
-    return [[] for _ in requests]
-
-
-def _step(engine: Engine, outputs: list[list[int]]) -> None:
-    for event in engine.step():
-        assert event.token is not None, event.error
-        outputs[event.request].append(event.token)
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """onnxruntime-genai with the model of its own builder, in the loop that its documentation shows.
 
-Usage: python genai.py WORKLOAD FOLDER THREADS; in an environment of `genai.txt`
+Usage: python genai.py WORKLOADS FOLDER THREADS; in an environment of `genai.txt`
 
 Requests make one batch, padded on the right to the longest prompt; it runs until the longest output is there.
 Everything that is not named here is as onnxruntime-genai has it.
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
-import time
+from collections.abc import Iterator
 from importlib.metadata import version
 from typing import Any
 
@@ -19,6 +19,7 @@ import numpy as np
 import onnxruntime_genai
 from turns import Floats, Generator, Request, take_turns
 
+AT_ONCE = 16  # its batch may have 32 rows, each of which costs as many steps as the longest
 PADDING = 2  # SmolLM2's pad token, by which the library knows how long each prompt is
 
 
@@ -31,27 +32,12 @@ class GenAI(Generator):
         config.overlay(json.dumps({"model": {"decoder": options}}))
         self._model: Any = onnxruntime_genai.Model(config)
 
-    def single(self, request: Request) -> tuple[float, list[list[int]]]:
-        generator = self._generator([request.prompt], request.output)
-        generator.generate_next_token()
-        outputs = [generator.get_next_tokens().tolist()]
-        begin = time.perf_counter()
-        for _ in range(request.output - 1):
-            generator.generate_next_token()
-            outputs.append(generator.get_next_tokens().tolist())
-        return time.perf_counter() - begin, np.transpose(outputs).tolist()
-
-    def batch(self, requests: list[Request]) -> tuple[float, list[list[int]]]:
-        begin = time.perf_counter()
+    def generate(self, requests: list[Request]) -> Iterator[list[tuple[int, int]]]:
         longest = max(request.output for request in requests)
         generator = self._generator([request.prompt for request in requests], longest)
-        outputs = []
         for _ in range(longest):
             generator.generate_next_token()
-            outputs.append(generator.get_next_tokens().tolist())
-        seconds = time.perf_counter() - begin
-        rows = np.transpose(outputs).tolist()
-        return seconds, [row[: request.output] for row, request in zip(rows, requests, strict=True)]
+            yield list(enumerate(generator.get_next_tokens().tolist()))
 
     def logits(self, tokens: list[int]) -> Floats:
         found: Floats = self._generator([tokens], 1).get_output("logits")[0]
@@ -74,7 +60,7 @@ class GenAI(Generator):
 def main() -> None:
     folder, threads = sys.argv[2], int(sys.argv[3])
     libraries = ("onnxruntime-genai", "onnxruntime")
-    about = {"threads": threads, **{name: version(name) for name in libraries}}
+    about = {"threads": threads, "at_once": AT_ONCE, **{name: version(name) for name in libraries}}
     take_turns(GenAI(folder, threads), about)
 
 
