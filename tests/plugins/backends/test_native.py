@@ -24,7 +24,7 @@ from optkit.testing import check_backend
 from optkit.weights import save_folder
 from optkit_backends.torch import Torch
 from optkit_backends.torch.native import building
-from optkit_backends.torch.native.layout import pack
+from optkit_backends.torch.native.layout import Instructions, pack
 from optkit_backends.torch.native.session import NativeSession
 from optkit_batching.continuous import Continuous
 from optkit_quantize.int8_dynamic import Int8Dynamic
@@ -56,6 +56,10 @@ FORMATS = {
     "int8 cache": [KVCache()],
     "int8 dynamic and cache": [Int8Dynamic(ignore=()), KVCache()],
 }
+ACTIVATIONS = [
+    None,
+    *(ActivationScheme(dynamic, symmetric=symmetric) for dynamic in (True, False) for symmetric in (True, False)),
+]
 A, C = tuple(range(10, 50)), tuple(range(5, 18))
 
 pytestmark = pytest.mark.skipif(BACKEND.unavailable() is not None, reason=str(BACKEND.unavailable()))
@@ -65,6 +69,13 @@ def transformed(model, format):
     for transform in FORMATS[format]:
         model = transform.apply(model, context(texts(24, 40)))
     return model
+
+
+def available(instructions):
+    """Instructions that a test needs; skips it where this processor has no such."""
+    if instructions > building.best_instructions():
+        pytest.skip(f"this processor has no {instructions.title}")
+    return instructions
 
 
 def opened(model, folder, threads=2, limits=LIMITS, **options):
@@ -96,18 +107,22 @@ def test_it_conforms(format, tiny_llama):
 # The products.
 
 
-@settings(max_examples=80)
+@pytest.fixture(params=list(Instructions), ids=lambda one: one.title)
+def instructions(request):
+    return available(request.param)
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     shape=st.tuples(st.integers(1, 130), st.integers(1, 40), st.integers(0, 9) | st.sampled_from([119, 120, 121, 250])),
     bits=st.integers(2, 8) | st.none(),
     groups=st.booleans(),
     symmetric=st.booleans(),
-    activations=st.sampled_from([None, ActivationScheme(True), ActivationScheme(True, symmetric=False)]),
+    activations=st.sampled_from(ACTIVATIONS),
     bias=st.booleans(),
-    portable=st.booleans(),
     seed=st.integers(0, 99),
 )
-def test_products_are_those_of_float64(shape, bits, groups, symmetric, activations, bias, portable, seed):
+def test_products_are_those_of_float64(shape, bits, groups, symmetric, activations, bias, seed, instructions):
     features, out, rows = shape
     torch.manual_seed(seed)
     shift = torch.randn(out) if bias else None
@@ -123,9 +138,12 @@ def test_products_are_those_of_float64(shape, bits, groups, symmetric, activatio
         weight = torch.randint(low, high + 1, (out, size), dtype=torch.int8)
         scale = torch.rand(out, 3 if groups else 1) + 0.5
         zero_point = None if symmetric else torch.randint(low, high + 1, scale.shape, dtype=torch.int8)
-        layer, features = QuantizedLinear(weight, scale, zero_point, shift, scheme, activations), size
+        fixed = (torch.tensor([0.02]), None) if activations and not activations.dynamic else (None, None)
+        if fixed[0] is not None and not activations.symmetric:
+            fixed = (fixed[0], torch.tensor([-37], dtype=torch.int8))
+        layer, features = QuantizedLinear(weight, scale, zero_point, shift, scheme, activations, *fixed), size
     input = torch.randn(rows, features)
-    found = product(layer, input, portable)
+    found = product(layer, input, instructions)
     with torch.inference_mode():
         rounded = layer.rounded(input) if bits else input
         weight = (layer.dequantized() if bits else layer.weight).double()
@@ -133,16 +151,19 @@ def test_products_are_those_of_float64(shape, bits, groups, symmetric, activatio
         size = rounded.double().abs() @ weight.abs().T
     # Of one sum of floats, an ulp a step at the worst.
     assert ((found - wanted).abs() <= 2**-22 * features * size + 1e-6).all()
-    if activations is not None and activations.symmetric and bits and bits > 4 and symmetric and not groups:
-        # The integers add up exactly: what is left is how the reference rounds each input, and the scales at the end.
-        assert ((found - wanted).abs() <= 2**-22 * (size + (0 if shift is None else shift.abs()))).all()
+    if activations is not None and bits:
+        # Groups of integers add up exactly: what is left is how the reference rounds each input, and the scales.
+        terms = 3 if groups else 1
+        assert ((found - wanted).abs() <= 2**-22 * terms * (size + (0 if shift is None else shift.abs()))).all()
+        if instructions > Instructions.AVX2:
+            assert torch.equal(found, product(layer, input, Instructions.AVX2))
 
 
-def product(layer, input, portable):
+def product(layer, input, instructions):
     keep = []
-    packed, out = pack(layer, keep), torch.empty(len(input), layer.weight.shape[0])
+    packed, out = pack(layer, instructions, keep), torch.empty(len(input), layer.weight.shape[0])
     assert not building.library().optkit_product(
-        ctypes.byref(packed), input.data_ptr(), len(input), out.data_ptr(), int(portable)
+        ctypes.byref(packed), input.data_ptr(), len(input), out.data_ptr(), instructions
     )
     return out.double()
 
@@ -150,9 +171,18 @@ def product(layer, input, portable):
 # Steps.
 
 
-@pytest.fixture(scope="module", params=["int8 dynamic and cache", "int4 group"])
+STEPS = [
+    *((format, one) for format in ("int8 dynamic and cache", "w4a8") for one in Instructions),
+    ("int4 group", Instructions.AVX2),
+    ("int4 group", Instructions.AVX512_VNNI),
+]
+
+
+@pytest.fixture(scope="module", params=STEPS, ids=lambda one: f"{one[0]}, {one[1].title}")
 def session(request, tiny_llama, tmp_path_factory):
-    with opened(transformed(tiny_llama(), request.param), tmp_path_factory.mktemp("native")) as session:
+    format, instructions = request.param
+    folder, options = tmp_path_factory.mktemp("native"), {"instructions": available(instructions)}
+    with opened(transformed(tiny_llama(), format), folder, **options) as session:
         yield session
 
 
@@ -171,11 +201,13 @@ def test_any_schedule_gives_the_same_bits(session, data):
 def test_neither_threads_nor_instructions_change_what_is_said(format, tiny_llama, tmp_path):
     model = transformed(tiny_llama(), format)
     given = []
-    for threads, portable in ((1, False), (3, False), (2, True)):
-        with opened(model, tmp_path / "weights", threads, portable=portable) as session:
+    ways = [(1, None), (3, None), *((2, one) for one in Instructions if one < building.best_instructions())]
+    for threads, instructions in ways:
+        with opened(model, tmp_path / "weights", threads, instructions=instructions) as session:
             given.append(run(session, Row(1, A, 0, (4, 1, 3), "all"))[0])
     np.testing.assert_array_equal(given[0], given[1])
-    assert distance(given[2], given[0]) < (0.15 if "dynamic" in format else 0.02 if "cache" in format else 1e-5)
+    for logits in given[2:]:
+        assert distance(logits, given[0]) < (0.15 if "dynamic" in format else 0.02 if "cache" in format else 1e-5)
 
 
 OTHERS = KNOWN | {
@@ -232,14 +264,15 @@ def test_profile_tells_of_every_layer(tiny_llama, tmp_path):
     with opened(model, tmp_path) as session:
         plan = StepPlan((Row(1, A, 0, (0, 1, 2)), Row(2, C, 0, (3,))))
         times = session.profile(plan)
+    title = building.best_instructions().title
     weights = sum(
         layer.weight.nbytes for layer in model.module.modules() if isinstance(layer, nn.Linear | QuantizedLinear)
     )
     assert sum(time.weight_bytes for time in times) == weights
     assert {time.kernel for time in times if time.layer.endswith("down_proj")} == {
-        "native product (int8 weights, int8 input)"
+        f"native product (int8 weights, int8 input; {title})"
     }
-    assert {time.kernel for time in times if time.layer == "lm_head"} == {"native product (float32 weights)"}
+    assert {time.kernel for time in times if time.layer == "lm_head"} == {f"native product (float32 weights; {title})"}
     assert all(time.seconds > 0 for time in times if time.weight_bytes)
 
 
@@ -280,6 +313,22 @@ def test_layers_of_two_matrices_and_uneven_heads_are_refused(tiny_llama, tmp_pat
         opened(model, tmp_path / "heads")
 
 
+def test_a_sum_of_integers_that_could_overflow_is_refused(tiny_llama, tmp_path):
+    model = Int8Dynamic().apply(tiny_llama(num_hidden_layers=1, intermediate_size=32784), context(texts(24)))
+    with pytest.raises(
+        RecipeError, match=r"sums 32784 products of integers at model\.layers\.0\.mlp\.down_proj, more "
+    ):
+        opened(model, tmp_path)
+
+
+def test_instructions_that_the_processor_lacks_are_refused_in_one_line(tiny_llama, tmp_path):
+    best = building.best_instructions()
+    if best == max(Instructions):
+        pytest.skip("this processor has all")
+    with pytest.raises(MachineError, match=rf"^these kernels need a processor with .+, found '{best.title}'$"):
+        opened(tiny_llama(), tmp_path, instructions=Instructions(best + 1))
+
+
 def test_lowering_says_which_kernel_runs_or_why_none_can():
     tags = {
         "task:feature-extraction",
@@ -294,7 +343,10 @@ def test_lowering_says_which_kernel_runs_or_why_none_can():
     assert not any(how.possible for how in lowered.values())
     assert all(how.reason for how in lowered.values())
     lowered = BACKEND.lowering(frozenset({"weights:int4-group", "activations:int8-dynamic"}))
-    assert [tag for tag, how in sorted(lowered.items()) if how.native] == ["weights:int4-group"]
+    assert {tag: (how.kernel, how.native) for tag, how in lowered.items()} == {
+        "weights:int4-group": ("native product (int4 weights)", True),
+        "activations:int8-dynamic": ("native integer product (int4 weights, int8 input)", True),
+    }
 
 
 def test_without_a_compiler_it_says_what_to_do(monkeypatch):

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from optkit.errors import MachineError
 from optkit.locations import cache_root
-from optkit_backends.torch.native.layout import Linear, Model, Step
+from optkit_backends.torch.native.layout import Instructions, Linear, Model, Step
 
-__all__ = ["library", "missing"]
+__all__ = ["best_instructions", "library", "missing"]
 
 _SOURCES = Path(__file__).with_name("csrc")
 # What changes no result but which of two neighbours a float is: errno of math functions, and floating-point traps.
@@ -40,11 +40,30 @@ def _path() -> str:
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """The functions of `csrc/api.cpp`. Builds them if need be, which takes some 10 s.
+    """The functions of `csrc/api.cpp`. Builds them if need be, which takes half a minute.
 
     Raises:
         MachineError: they cannot be built.
     """
+    found = ctypes.CDLL(_built())
+    for function, result, arguments in (
+        ("optkit_instructions", c_int, []),
+        ("optkit_open", c_void_p, [POINTER(Model), c_int, c_int64, c_int]),
+        ("optkit_close", None, [c_void_p]),
+        ("optkit_step", c_int, [c_void_p, POINTER(Step)]),
+        ("optkit_product", c_int, [POINTER(Linear), c_void_p, c_int64, c_void_p, c_int]),
+    ):
+        getattr(found, function).restype, getattr(found, function).argtypes = result, arguments
+    return found
+
+
+def best_instructions() -> Instructions:
+    """The best that this processor and its operating system have."""
+    return Instructions(library().optkit_instructions())
+
+
+def _built() -> str:
+    """The library's file."""
     import torch
     from filelock import FileLock
     from torch.utils import cpp_extension
@@ -57,7 +76,7 @@ def library() -> ctypes.CDLL:
         # The loader's own lock is a file that a killed process leaves behind, and that others then wait for.
         with FileLock(folder.with_name(f"{folder.name}.lock")):
             (folder / "lock").unlink(missing_ok=True)
-            file = cpp_extension.load(
+            file: str = cpp_extension.load(
                 "optkit_native",
                 [str(source) for source in sorted(_SOURCES.glob("*.cpp"))],
                 extra_cflags=_FLAGS,
@@ -74,12 +93,4 @@ def library() -> ctypes.CDLL:
         ) from error
     finally:
         os.environ["PATH"] = before
-    found = ctypes.CDLL(file)
-    for function, result, arguments in (
-        ("optkit_open", c_void_p, [POINTER(Model), c_int, c_int64, c_int]),
-        ("optkit_close", None, [c_void_p]),
-        ("optkit_step", c_int, [c_void_p, POINTER(Step)]),
-        ("optkit_product", c_int, [POINTER(Linear), c_void_p, c_int64, c_void_p, c_int]),
-    ):
-        getattr(found, function).restype, getattr(found, function).argtypes = result, arguments
-    return found
+    return file

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import enum
 from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_void_p
 from typing import Any
 
@@ -11,12 +12,24 @@ from torch import Tensor, nn
 
 from optkit.quantized import QuantizedLinear
 
-__all__ = ["TILE", "Layer", "Linear", "Model", "Step", "pack"]
+__all__ = ["TILE", "Instructions", "Layer", "Linear", "Model", "Step", "pack"]
 
 TILE = 16
 """Output columns that are packed together, and tokens of a KV block."""
-_FLOAT32, _INT8, _INT4 = range(3)
+_FLOAT32, _INT8, _INT4, _INT8_STEPS, _INT4_STEPS = range(5)
 _KEPT, _SYMMETRIC, _SHIFTED, _FIXED = range(4)
+
+
+class Instructions(enum.IntEnum):
+    """What a processor has, each with all before it."""
+
+    PORTABLE = 0
+    AVX2 = 1
+    AVX512_VNNI = 2
+
+    @property
+    def title(self) -> str:
+        return ("portable", "AVX2", "AVX-512 VNNI")[self]
 
 
 class Linear(ctypes.Structure):
@@ -24,6 +37,7 @@ class Linear(ctypes.Structure):
         ("weight", c_void_p),
         ("scale", c_void_p),
         ("zero", c_void_p),
+        ("sums", c_void_p),
         ("bias", c_void_p),
         ("in", c_int64),
         ("out", c_int64),
@@ -66,12 +80,13 @@ class Step(ctypes.Structure):
     )
 
 
-def pack(layer: nn.Module, keep: list[Tensor]) -> Linear:
+def pack(layer: nn.Module, instructions: Instructions, keep: list[Tensor]) -> Linear:
     """A linear layer for the kernels.
 
     Args:
         layer: `torch.nn.Linear`, or `optkit.quantized.QuantizedLinear` of integers in groups of an even number of
             features.
+        instructions: of the kernels that will multiply it.
         keep: gets the tensors that the struct points into, which must outlive it.
     """
 
@@ -84,23 +99,47 @@ def pack(layer: nn.Module, keep: list[Tensor]) -> Linear:
     any_layer: Any = layer
     weight, bias = any_layer.weight.detach(), any_layer.bias
     out, features = weight.shape
-    made = Linear(None, None, None, None, features, out, features, _FLOAT32, _KEPT, 1.0, 0.0)
+    made = Linear(None, None, None, None, None, features, out, features, _FLOAT32, _KEPT, 1.0, 0.0)
     made.bias = pointer(None if bias is None else _columns(bias.detach().float()))
     if not isinstance(layer, QuantizedLinear):
         made.weight = pointer(_floats(weight.float()))
         return made
     made.group = features // layer.scale.shape[1]
-    made.storage, packed = (_INT4, _halves(weight)) if layer.scheme.bits <= 4 else (_INT8, _pairs(weight))
+    made.rounding, made.input_scale, made.input_zero = _rounding(layer)
+    if layer.scheme.bits <= 4:
+        made.storage = _INT4 if made.rounding == _KEPT else _INT4_STEPS
+        packed = _halves(weight, 2) if made.rounding == _KEPT else _halves(_padded(weight, made.group, 4), 4)
+    elif made.rounding == _KEPT:
+        made.storage, packed = _INT8, _by_step(weight, 2)
+    elif instructions == Instructions.AVX512_VNNI:
+        padded = _padded(weight, made.group, 4)
+        made.storage, packed = _INT8_STEPS, (_by_step(padded, 4).short() + 128).to(torch.uint8)
+    else:
+        made.storage, packed = _INT8_STEPS, _by_step(_padded(weight, made.group, 2), 2)
     made.weight, made.scale = pointer(packed), pointer(_by_column(layer.scale.float()))
     made.zero = pointer(None if layer.zero_point is None else _by_column(layer.zero_point.float()))
-    if layer.activations is not None:
-        if not layer.activations.dynamic:
-            assert layer.input_scale is not None
-            made.rounding, made.input_scale = _FIXED, layer.input_scale.item()
-            made.input_zero = 0.0 if layer.input_zero_point is None else layer.input_zero_point.item()
-        else:
-            made.rounding = _SYMMETRIC if layer.activations.symmetric else _SHIFTED
+    less_zeros = made.storage == _INT8_STEPS and instructions != Instructions.AVX512_VNNI
+    if made.rounding != _SYMMETRIC and made.rounding != _KEPT and not less_zeros:
+        made.sums = pointer(_by_column(_sums(layer)))
     return made
+
+
+def _rounding(layer: QuantizedLinear) -> tuple[int, float, float]:
+    if layer.activations is None:
+        return _KEPT, 1.0, 0.0
+    if layer.activations.dynamic:
+        return _SYMMETRIC if layer.activations.symmetric else _SHIFTED, 1.0, 0.0
+    assert layer.input_scale is not None
+    zero = 0.0 if layer.input_zero_point is None else layer.input_zero_point.item()
+    return _FIXED, layer.input_scale.item(), zero
+
+
+def _sums(layer: QuantizedLinear) -> Tensor:
+    """Of each group's weights less their zero point: `[out, groups]` int32."""
+    grouped = layer.weight.reshape(*layer.scale.shape, -1).int()
+    if layer.zero_point is not None:
+        grouped = grouped - layer.zero_point.int().unsqueeze(-1)
+    return grouped.sum(-1, dtype=torch.int32)
 
 
 def _tiles(weight: Tensor) -> Tensor:
@@ -109,22 +148,26 @@ def _tiles(weight: Tensor) -> Tensor:
     return nn.functional.pad(weight, (0, 0, 0, rows)).reshape(-1, TILE, weight.shape[1])
 
 
-def _even(weight: Tensor) -> Tensor:
-    return nn.functional.pad(weight, (0, weight.shape[1] % 2))
+def _padded(weight: Tensor, group: int, step: int) -> Tensor:
+    """`[out, in]` with zeros behind each group, to whole steps."""
+    grouped = weight.reshape(len(weight), -1, group)
+    return nn.functional.pad(grouped, (0, -group % step)).flatten(1)
 
 
 def _floats(weight: Tensor) -> Tensor:
     return _tiles(weight).transpose(1, 2)
 
 
-def _pairs(weight: Tensor) -> Tensor:
-    tiles = _tiles(_even(weight))
-    return tiles.reshape(len(tiles), TILE, -1, 2).transpose(1, 2)
+def _by_step(weight: Tensor, step: int) -> Tensor:
+    """`[tiles, steps, TILE, step]`: a step is that many features."""
+    tiles = _tiles(_padded(weight, weight.shape[1], step))
+    return tiles.reshape(len(tiles), TILE, -1, step).transpose(1, 2)
 
 
-def _halves(weight: Tensor) -> Tensor:
-    pairs = (_pairs(weight) + 8).to(torch.uint8)
-    return pairs[..., 0] | (pairs[..., 1] << 4)
+def _halves(weight: Tensor, step: int) -> Tensor:
+    """The same of unsigned integers of 4 bits, two in a byte."""
+    steps = (_by_step(weight, step) + 8).to(torch.uint8)
+    return steps[..., ::2] | (steps[..., 1::2] << 4)
 
 
 def _by_column(numbers: Tensor) -> Tensor:

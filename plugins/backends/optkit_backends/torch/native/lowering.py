@@ -13,7 +13,6 @@ __all__ = ["ARCHITECTURES", "lowering"]
 ARCHITECTURES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma3_text"})
 """Decoders whose every detail the kernels have, as transformers calls them."""
 _INTEGERS = re.compile(r"weights:int([2-8])-(channel|group)(-asym)?")
-_WHOLE = re.compile(r"weights:int[5-8]-channel")
 _ACTIVATIONS = re.compile(r"activations:int8-(dynamic|static)(-asym)?")
 _CACHES = frozenset({"kv:int8-head", "kv:int8-tensor"})
 
@@ -49,10 +48,9 @@ def _activations(tag: str, tags: frozenset[str]) -> Lowering:
     # Numbers next to a half round to the other neighbour where sums go in another order, and each layer multiplies
     # what the ones before tipped; as on eager kernels.
     tolerance = 0.15
-    if any(_WHOLE.fullmatch(tag) for tag in tags):
-        return Lowering("native integer product (int8 weights, int8 input)", native=True, tolerance=tolerance)
-    reason = "rounded in float32, since integer products want symmetric weights of 5 to 8 bits with a scale by channel"
-    return Lowering("inputs rounded to int8 in float32", native=False, tolerance=tolerance, reason=reason)
+    stored = {"int4" if int(match[1]) <= 4 else "int8" for tag in tags if (match := _INTEGERS.fullmatch(tag))}
+    kernel = f"native integer product ({' and '.join(sorted(stored)) or 'integer'} weights, int8 input)"
+    return Lowering(kernel, native=True, tolerance=tolerance)
 
 
 def _cache(tag: str) -> Lowering:

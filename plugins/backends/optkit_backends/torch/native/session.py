@@ -13,9 +13,9 @@ from optkit.errors import MachineError
 from optkit.kv import stop_rounding
 from optkit.steps import KernelTime, Limits, StepPlan, StepResult
 from optkit.weights import load_folder
-from optkit_backends.torch.native.building import library
+from optkit_backends.torch.native.building import best_instructions, library
 from optkit_backends.torch.native.decoder import Decoder
-from optkit_backends.torch.native.layout import Step
+from optkit_backends.torch.native.layout import Instructions, Step
 from optkit_backends.torch.native.times import kernel_times, room
 from optkit_backends.torch.pool import Pool, PooledSession
 from optkit_backends.torch.probe import page
@@ -33,20 +33,28 @@ class NativeSession(PooledSession):
         weights: the folder.
         limits: what it must hold.
         threads: that share a step.
-        portable: run the kernels of any processor, though this one has better.
+        instructions: of the kernels; by default the best that this processor has.
+
+    Raises:
+        MachineError: the processor has no such instructions, or there is no memory.
     """
 
-    def __init__(self, weights: Path, limits: Limits, *, threads: int, portable: bool = False) -> None:
+    def __init__(
+        self, weights: Path, limits: Limits, *, threads: int, instructions: Instructions | None = None
+    ) -> None:
         module: Any = load_folder(weights).module
         stop_rounding(module)
         paged = page(module, str(weights))
         paged.check(limits.max_length, weights)
-        self._library = library()
-        self._decoder: Any = Decoder(module, paged.windows, limits.max_length, str(weights))
+        self._library, best = library(), best_instructions()
+        self._instructions = best if instructions is None else instructions
+        if self._instructions > best:
+            raise MachineError(f"these kernels need a processor with {self._instructions.title}", found=best.title)
+        self._decoder: Any = Decoder(module, paged.windows, limits.max_length, self._instructions, str(weights))
         self._pool = Pool.within(limits, self._decoder.shapes)
         self._decoder.use(self._pool)
         self._handle = self._library.optkit_open(
-            ctypes.byref(self._decoder.model), threads, limits.max_length, int(portable)
+            ctypes.byref(self._decoder.model), threads, limits.max_length, self._instructions
         )
         if self._handle is None:
             raise MachineError("no threads, or no memory, for the native kernels", where=str(weights))
@@ -86,7 +94,7 @@ class NativeSession(PooledSession):
         self.execute(plan)  # warm up; to run a row again writes the same keys and values
         seconds = room(self._decoder.model)
         self._run(plan, seconds)
-        return kernel_times(self._decoder.model, list(seconds), plan)
+        return kernel_times(self._decoder.model, self._instructions, list(seconds), plan)
 
     def close(self) -> None:
         handle, self._handle = self._handle, None

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from optkit.steps import KernelTime, StepPlan
-from optkit_backends.torch.native.layout import Linear, Model
+from optkit_backends.torch.native.layout import Instructions, Linear, Model
 
 __all__ = ["kernel_times", "room"]
 
-_STORED = ("float32", "int8", "int4")
-_BYTES = (4.0, 1.0, 0.5)
+# As `csrc/shapes.h` orders them.
+_STORED = ("float32", "int8", "int4", "int8", "int4")
+_BYTES = (4.0, 1.0, 0.5, 1.0, 0.5)
 # Phases of a layer as `csrc/shapes.h` orders them: its path, what runs, and the products in it.
 _PHASES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("input_layernorm", "norm and rounding", ()),
@@ -33,7 +34,9 @@ def room(model: Model) -> Any:
     return (ctypes.c_double * (model.layer_count * len(_PHASES) + 2))()
 
 
-def kernel_times(model: Model, seconds: Sequence[float], plan: StepPlan) -> list[KernelTime]:
+def kernel_times(
+    model: Model, instructions: Instructions, seconds: Sequence[float], plan: StepPlan
+) -> list[KernelTime]:
     """The times of one step, in order of execution."""
     times = [KernelTime("model.embed_tokens", "native embedding", seconds[0])]
     for index in range(model.layer_count):
@@ -42,16 +45,19 @@ def kernel_times(model: Model, seconds: Sequence[float], plan: StepPlan) -> list
             taken = seconds[1 + index * len(_PHASES) + phase]
             place = f"model.layers.{index}.{path}"
             if names:
-                times.append(_product(place, [getattr(layer, name) for name in names], taken, plan.tokens))
+                times.append(
+                    _product(place, [getattr(layer, name) for name in names], taken, plan.tokens, instructions)
+                )
             elif kernel != "rounding" or layer.out.rounding:
                 times.append(KernelTime(place, f"native {kernel}", taken))
     rows = sum(len(row.wanted) for row in plan.rows)
-    times.append(_product("lm_head", [model.head], seconds[-1], rows))
+    times.append(_product("lm_head", [model.head], seconds[-1], rows, instructions))
     return times
 
 
-def _product(path: str, linears: Sequence[Linear], seconds: float, rows: int) -> KernelTime:
+def _product(path: str, linears: Sequence[Linear], seconds: float, rows: int, instructions: Instructions) -> KernelTime:
     weights = [getattr(linear, "in") * linear.out for linear in linears]
     kinds = dict.fromkeys(f"{_STORED[one.storage]} weights{', int8 input' if one.rounding else ''}" for one in linears)
     stored = sum(count * _BYTES[one.storage] for count, one in zip(weights, linears, strict=True))
-    return KernelTime(path, f"native product ({' and '.join(kinds)})", seconds, int(stored), 2 * rows * sum(weights))
+    kernel = f"native product ({' and '.join(kinds)}; {instructions.title})"
+    return KernelTime(path, kernel, seconds, int(stored), 2 * rows * sum(weights))

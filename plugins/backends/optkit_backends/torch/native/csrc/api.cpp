@@ -20,15 +20,13 @@ struct Kernels {
   void (*product)(Team*, const Linear&, const float*, int64_t, float*, const Buffers&);
 };
 
-constexpr Kernels PORTABLE = {step_portable, product_portable};
-
-const Kernels& fastest() {
+constexpr Kernels KERNELS[] = {
+    {step_portable, product_portable},
 #if defined(__x86_64__)
-  static constexpr Kernels AVX2 = {step_avx2, product_avx2};
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return AVX2;
+    {step_avx2, product_avx2},
+    {step_avx512, product_avx512},
 #endif
-  return PORTABLE;
-}
+};
 
 struct Free {
   void operator()(void* memory) const { std::free(memory); }
@@ -57,6 +55,9 @@ class Arena {
   size_t next_ = 0;
 };
 
+// Bytes of a row of integers: two for a feature, as groups of two take when padded to four, and a vector to write over.
+int64_t integer_width(int64_t features) { return (2 * features + 127) / 64 * 64; }
+
 struct Decoder {
   Model model;
   std::vector<Layer> layers;
@@ -65,12 +66,20 @@ struct Decoder {
   int64_t max_length;
   Arena arena;
 
+  int64_t most_groups() const {
+    int64_t most = model.head.in / model.head.group;
+    for (const auto& layer : layers)
+      for (const auto* one : {&layer.query, &layer.key, &layer.value, &layer.out, &layer.gate, &layer.up, &layer.down})
+        most = std::max(most, one->in / one->group);
+    return most;
+  }
+
   Buffers buffers(int64_t tokens) {
     int64_t ffn = 0, group = model.heads / model.kv_heads, wide = model.heads * model.head_dim;
     for (const auto& layer : layers) ffn = std::max(ffn, layer.gate.out);
     int64_t widest = std::max({ffn, wide, model.hidden}), few = model.kv_heads * model.head_dim;
     Buffers b;
-    b.integer_width = (widest + 15) / 16 * 16;
+    b.integer_width = integer_width(widest), b.sum_width = most_groups();
     int64_t rows = std::max<int64_t>(24, group), padded = (model.head_dim + 15) / 16 * 16;
     b.scratch_size = rows * (model.head_dim + padded + max_length + 2 * BLOCK) + BLOCK * padded + PER_THREAD;
     b.scratch_size = (b.scratch_size + 15) / 16 * 16;
@@ -78,9 +87,10 @@ struct Decoder {
     b.hidden = arena.take<float>(tokens * model.hidden);
     b.given = arena.take<float>(tokens * model.hidden);
     b.plain = arena.take<float>(tokens * widest);
-    b.rounded = arena.take<float>(tokens * widest);
-    b.integers = arena.take<int16_t>(tokens * b.integer_width);
+    b.integers = arena.take<int8_t>(tokens * b.integer_width);
     b.scales = arena.take<float>(tokens);
+    b.zeros = arena.take<int32_t>(tokens);
+    b.sums = arena.take<int32_t>(tokens * b.sum_width);
     b.query = arena.take<float>(tokens * wide);
     b.key = arena.take<float>(tokens * few);
     b.value = arena.take<float>(tokens * few);
@@ -106,13 +116,27 @@ void run(void* given, int thread) {
 
 extern "C" {
 
-Decoder* optkit_open(const Model* model, int threads, int64_t max_length, int portable) {
+// The best instructions that this processor and its operating system have.
+Instructions optkit_instructions() {
+#if defined(__x86_64__)
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return PORTABLE;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni"))
+    return AVX512_VNNI;
+  return AVX2;
+#else
+  return PORTABLE;
+#endif
+}
+
+// `instructions` must be no better than the processor's, and those that the weights are packed for.
+Decoder* optkit_open(const Model* model, int threads, int64_t max_length, Instructions instructions) {
   try {
     auto made = std::make_unique<Decoder>();
     made->model = *model;
     made->layers.assign(model->layers, model->layers + model->layer_count);
     made->model.layers = made->layers.data();
-    made->kernels = portable ? &PORTABLE : &fastest();
+    made->kernels = &KERNELS[instructions];
     made->max_length = max_length;
     made->team = team_open(threads);
     return made.release();
@@ -127,18 +151,19 @@ void optkit_close(Decoder* decoder) {
 }
 
 // out[rows][layer->out] of in[rows][layer->in], by the caller's thread. 0, or 1 where memory is missing.
-int optkit_product(const Linear* layer, const float* in, int64_t rows, float* out, int portable) {
+int optkit_product(const Linear* layer, const float* in, int64_t rows, float* out, Instructions instructions) {
   try {
     Arena arena;
     Buffers b = {};
-    b.integer_width = (layer->in + 15) / 16 * 16;
+    b.integer_width = integer_width(layer->in), b.sum_width = layer->in / layer->group;
     b.plain = arena.take<float>(rows * layer->in);
-    b.rounded = arena.take<float>(rows * layer->in);
-    b.integers = arena.take<int16_t>(rows * b.integer_width);
+    b.integers = arena.take<int8_t>(rows * b.integer_width);
     b.scales = arena.take<float>(rows);
+    b.zeros = arena.take<int32_t>(rows);
+    b.sums = arena.take<int32_t>(rows * b.sum_width);
     b.scratch = arena.take<float>(PER_THREAD);
     Team* team = team_open(1);
-    (portable ? PORTABLE : fastest()).product(team, *layer, in, rows, out, b);
+    KERNELS[instructions].product(team, *layer, in, rows, out, b);
     team_close(team);
     return 0;
   } catch (const std::bad_alloc&) {

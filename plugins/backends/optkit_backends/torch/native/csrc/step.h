@@ -8,15 +8,19 @@ struct Buffers {
   float* hidden;      // [tokens][hidden]
   float* given;       // [tokens][hidden]: what a part of a layer gave
   float* plain;       // [tokens][widest input]
-  float* rounded;     // the same, rounded in floats
-  int16_t* integers;  // [tokens][integer_width]: rounded, less the zero point
+  int8_t* integers;   // [tokens][integer_width] bytes: rounded; int16 less the zero point, or int8
   float* scales;      // [tokens]
+  int32_t* zeros;     // [tokens]: zero points
+  int32_t* sums;      // [tokens][sum_width]: of each group of `integers`
   float *query, *key, *value, *gate, *up;
   float* scratch;     // [threads][scratch_size]
-  int64_t integer_width, scratch_size;
+  int64_t integer_width, sum_width, scratch_size;
 };
 
 double seconds_now();
+
+// What a processor has, each with all before it.
+enum Instructions : int { PORTABLE = 0, AVX2 = 1, AVX512_VNNI = 2 };
 
 // A step, called by every thread of the team; and one product, by a team of one.
 void step_portable(Team*, const Model&, const Step&, const Buffers&, int thread);
@@ -24,4 +28,6 @@ void product_portable(Team*, const Linear&, const float* in, int64_t rows, float
 #if defined(__x86_64__)
 void step_avx2(Team*, const Model&, const Step&, const Buffers&, int thread);
 void product_avx2(Team*, const Linear&, const float* in, int64_t rows, float* out, const Buffers&);
+void step_avx512(Team*, const Model&, const Step&, const Buffers&, int thread);
+void product_avx512(Team*, const Linear&, const float* in, int64_t rows, float* out, const Buffers&);
 #endif

@@ -6,9 +6,5 @@
 #define STEP step_avx2
 #define PRODUCT product_avx2
 #define WITH_AVX2
-#include "kernels.inc"
-#include "weights.inc"
-#include "rows.inc"
-#include "attention.inc"
-#include "step.inc"
+#include "all.inc"
 #endif
