@@ -32,7 +32,7 @@ class Torch(Backend):
     Encoders run in padded batches.
 
     With `kernels: native` one call into compiled code runs a whole step of a decoder of the Llama type (Llama, Mistral,
-    Qwen2, Qwen3, Gemma, Gemma 3): integer weights stay as they are stored, and int8 weights with int8 activations are
+    Qwen2, Qwen3, Gemma, Gemma 3): integer weights stay as they are stored, and with int8 activations they are
     multiplied as integers, exactly. A row's logits are the same bits whatever else is in its step. The kernels are
     built once, which takes a C++ compiler and half a minute.
     """
