@@ -13,7 +13,7 @@ double seconds_now() {
 }
 
 namespace {
-constexpr int64_t PER_THREAD = (256 + 120) * TILE;  // what products want of `scratch`; see weights.inc and step.inc
+constexpr int64_t PER_THREAD = (256 + 4 * 120) * TILE;  // what products want of `scratch`; see weights.inc and step.inc
 
 struct Kernels {
   void (*step)(Team*, const Model&, const Step&, const Buffers&, int);
