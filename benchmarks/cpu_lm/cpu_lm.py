@@ -51,6 +51,7 @@ SHARED: dict[str, Any] = {
     "model": {"gguf": {"file": MODEL}},
     "batching": {"continuous": {"max_batch_size": MOST}},
     "max_length": 640,
+    "calibration": {"samples": 32, "sequence_length": 512},
     # Measured here, beside the peers; what `apply` measures is as short as may be.
     "evaluation": {"tokens": 512, "context_length": 256},
     "benchmark": {"blocks": 3, "prompt_tokens": 16, "output_tokens": 8},
@@ -58,10 +59,7 @@ SHARED: dict[str, Any] = {
 }
 GROUPS = [{"quantize.rtn": {"bits": 8, "granularity": "group", "group_size": 64, "ignore": []}}]
 TOKENWISE = [{"quantize.rotate": {}}, {"quantize.int8_dynamic": {"ignore": []}}]
-HALF_BYTES = [
-    {"quantize.gptq": {"bits": 4, "granularity": "group", "group_size": 32}},
-    {"quantize.rtn": {"bits": 8, "granularity": "group", "group_size": 64, "targets": ["lm_head"], "ignore": []}},
-]
+HALF_BYTES = [{"quantize.gptq": {"bits": 4, "granularity": "group", "group_size": 32, "ignore": []}}]
 NATIVE = {"torch": {"kernels": "native"}}
 OURS: dict[str, dict[str, Any]] = {
     "optkit, onnxruntime, int8": SHARED | {"transforms": GROUPS, "backend": "onnxruntime"},
