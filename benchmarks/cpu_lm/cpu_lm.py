@@ -58,7 +58,7 @@ SHARED: dict[str, Any] = {
     "gates": [],
 }
 GROUPS = [{"quantize.rtn": {"bits": 8, "granularity": "group", "group_size": 64, "ignore": []}}]
-TOKENWISE = [{"quantize.rotate": {}}, {"quantize.int8_dynamic": {"ignore": []}}]
+TOKENWISE = [{"quantize.rotate": {}}, {"quantize.int8_dynamic": {"ignore": [], "symmetric": False}}]
 HALF_BYTES = [{"quantize.gptq": {"bits": 4, "granularity": "group", "group_size": 32, "ignore": []}}]
 NATIVE = {"torch": {"kernels": "native"}}
 OURS: dict[str, dict[str, Any]] = {

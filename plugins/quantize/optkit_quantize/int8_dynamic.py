@@ -29,6 +29,10 @@ class Int8Dynamic(Quantizer):
     bits: Literal[7, 8] = 8
     """Bits of one stored weight; it takes a byte all the same. x86 processors without VNNI add pairs of 8-bit products
     in 16 bits, which only 7 bits fit: kernels that keep to 8 bits there are slower (`onnxruntime`)."""
+    symmetric: bool = True
+    """Activations without a zero point. False: one for each token, which is closer, and which only the native kernels
+    of the torch backend multiply as integers: after `quantize.rotate`, SmolLM2-135M's perplexity rises by 0.7 %
+    instead of 1.2 (2048 tokens). Weights are symmetric always."""
 
     @property
     def scheme(self) -> WeightScheme:
@@ -36,7 +40,7 @@ class Int8Dynamic(Quantizer):
 
     @property
     def activation_scheme(self) -> ActivationScheme:
-        return ActivationScheme(dynamic=True)
+        return ActivationScheme(dynamic=True, symmetric=self.symmetric)
 
     def apply(self, model: Model, context: TransformContext) -> Model:
         return round_to_nearest(self, model, context)

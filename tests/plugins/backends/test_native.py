@@ -51,6 +51,7 @@ FORMATS = {
     "int3 group asymmetric": [RTN(bits=3, symmetric=False, **GROUP)],
     "int8 dynamic": [Int8Dynamic()],
     "int7 dynamic": [Int8Dynamic(bits=7)],
+    "int8 dynamic asymmetric": [Int8Dynamic(symmetric=False)],
     "int8 static": [Int8Static()],
     "w4a8": [W4A8(group_size=32)],
     "int8 cache": [KVCache()],

@@ -93,6 +93,15 @@ def test_seven_bits_take_a_byte_and_half_of_its_range(tiny_llama):
     assert "weights:int7-channel" in model.tags
 
 
+def test_a_zero_point_for_each_token_is_closer_where_all_are_positive(tiny_llama):
+    model = Int8Dynamic(symmetric=False).apply(tiny_llama(), CONTEXT)
+    assert {layer.activations for _, layer in quantized_layers(model.module)} == {ActivationScheme(True, False)}
+    assert "activations:int8-dynamic-asym" in model.tags
+    positive = torch.rand(4, 32)
+    one, other = (round_activations(positive, ActivationScheme(True, symmetric)) for symmetric in (True, False))
+    assert (other - positive).abs().max() < 0.6 * (one - positive).abs().max()
+
+
 def test_a_token_does_not_see_the_others(tiny_llama):
     module = Int8Dynamic().apply(tiny_llama(), CONTEXT).module
     alone = module(TOKENS[:, :5]).logits
