@@ -51,7 +51,6 @@ SHARED: dict[str, Any] = {
     "model": {"gguf": {"file": MODEL}},
     "batching": {"continuous": {"max_batch_size": MOST}},
     "max_length": 640,
-    "calibration": {"samples": 32, "sequence_length": 512},
     # Measured here, beside the peers; what `apply` measures is as short as may be.
     "evaluation": {"tokens": 512, "context_length": 256},
     "benchmark": {"blocks": 3, "prompt_tokens": 16, "output_tokens": 8},
@@ -65,7 +64,8 @@ OURS: dict[str, dict[str, Any]] = {
     "optkit, onnxruntime, int8": SHARED | {"transforms": GROUPS, "backend": "onnxruntime"},
     "optkit, native, int8 weights": SHARED | {"transforms": GROUPS, "backend": NATIVE},
     "optkit, native, int8": SHARED | {"transforms": TOKENWISE, "backend": NATIVE},
-    "optkit, native, int4 weights": SHARED | {"transforms": HALF_BYTES, "backend": NATIVE},
+    "optkit, native, int4 weights": SHARED
+    | {"transforms": HALF_BYTES, "backend": NATIVE, "calibration": {"samples": 32, "sequence_length": 512}},
 }
 
 
