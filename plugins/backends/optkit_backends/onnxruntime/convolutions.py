@@ -2,6 +2,7 @@
 
 QLinearConv gives integers, so it stands where the next layer rounds what the convolution gives, at most after a ReLU,
 max pooling and changes of shape, which work on integers as well. Elsewhere the sums of ConvInteger become floats.
+A batch norm after a convolution becomes part of its scales and bias, so that it is in nobody's way.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def settle(graph: ir.Graph) -> None:
     """Give every waiting convolution of `graph` its operator."""
     for node in list(graph):
         if node.domain == UNSETTLED:
+            _take_in_norm(graph, node)
             followers = _followers(node)
             bias = _integer_bias(node)
             if followers is None or bias is None:
@@ -37,6 +39,25 @@ def settle(graph: ir.Graph) -> None:
             else:
                 _as_integers(graph, node, bias, followers)
     graph.opset_imports.pop(UNSETTLED, None)
+
+
+def _take_in_norm(graph: ir.Graph, node: ir.Node) -> None:
+    """Multiply the scales of a convolution by those of a batch norm that alone reads it, and shift its bias as well."""
+    value = node.outputs[0]
+    norm = next((use.node for use in value.uses()), None)
+    if value.is_graph_output() or len(value.uses()) != 1 or norm is None or norm.op_type != "BatchNormalization":
+        return
+    gamma, beta, mean, variance = (_constant(norm, index).astype(np.float64) for index in range(1, 5))
+    factor = gamma / np.sqrt(variance + norm.attributes.get_float("epsilon", 1e-5))
+    bias = _constant(node, 6) if len(node.inputs) > 6 else 0.0
+    arrays = {4: _constant(node, 4) * factor, 6: (bias - mean) * factor + beta}
+    node.resize_inputs(7)
+    for index, array in arrays.items():
+        node.replace_input_with(index, _initializer(graph, f"{node.name}.norm_{index}", array.astype(np.float32)))
+    output = norm.outputs[0]
+    output.replace_all_uses_with(value, replace_graph_outputs=True)
+    graph.remove(norm, safe=True)
+    value.name = output.name
 
 
 def _followers(node: ir.Node) -> list[ir.Node] | None:
@@ -56,8 +77,10 @@ def _followers(node: ir.Node) -> list[ir.Node] | None:
 
 
 def _integer_bias(node: ir.Node) -> npt.NDArray[np.int32] | None:
-    """The bias in steps of the sums that it is added to; None where int32 does not hold it."""
+    """The bias in steps of the sums that it is added to; None where int32 does not hold it, or a scale is no step."""
     scale = _constant(node, 1).astype(np.float64) * _constant(node, 4).astype(np.float64)
+    if scale.min() <= 0:
+        return None
     bias = np.round(_constant(node, 6) / scale) if len(node.inputs) > 6 else np.zeros_like(scale)
     return bias.astype(np.int32) if np.abs(bias).max() < LARGEST_BIAS else None
 
@@ -98,7 +121,8 @@ def _put(
     graph: ir.Graph, before: ir.Node, kind: str, inputs: Sequence[ir.Value | None], attributes: Any = ()
 ) -> ir.Value:
     """A new operator, where `before` stands."""
-    node = ir.Node("", kind, inputs, list(attributes), name=f"{before.name}.{kind}")
+    metadata = dict(before.metadata_props)  # where it comes from
+    node = ir.Node("", kind, inputs, list(attributes), name=f"{before.name}.{kind}", metadata_props=metadata)
     node.outputs[0].name = node.name
     graph.insert_before(before, node)
     return node.outputs[0]
