@@ -16,6 +16,9 @@ __all__ = ["Recover"]
 
 _RANK = 16
 _LEARNING_RATES = {"full": 2e-4, "lora": 1e-3}
+# Without half of its multiplications a ResNet for digits, 98.8% right before, is 13% right. 200 steps of 64 images at
+# the rate of transformers bring it to 90%, at this one to 98.4%.
+_CHANNELS_RATE = 2e-3
 _HELD_OUT = 0.1
 # Of a divergence or a relative error: below it there is nothing but rounding.
 _LOST = 1e-9
@@ -52,9 +55,10 @@ class Recover(Transform):
     """Updates of the weights."""
     batch_tokens: int = Field(default=512, ge=1)
     """Tokens of one step: whole calibration samples are taken until they have so many. Rows, where inputs are no
-    text."""
+    text: of images 64 are enough."""
     learning_rate: float | None = Field(default=None, gt=0, lt=1)
-    """At its peak, after a tenth of the steps; from there it falls to 0 by a cosine. null: 0.0002, for LoRA 0.001."""
+    """At its peak, after a tenth of the steps; from there it falls to 0 by a cosine. null: 0.0002, for LoRA 0.001,
+    where channels of convolutions were pruned 0.002."""
     temperature: float = Field(default=1.0, ge=0.1, le=100)
     """Divides the logits of both models in training: above 1, unlikely answers count more."""
     rank: int | None = Field(default=None, ge=1)
@@ -116,7 +120,7 @@ class Recover(Transform):
         else:
             trained = dict(module.named_parameters())
             module.requires_grad_(True)
-        rate = self.learning_rate or _LEARNING_RATES[self.method]
+        rate = self.learning_rate or self._usual_rate(model.tags)
         training = Training(trained, self.steps, rate, context.checkpoint, masked=masked and not lora)
         plan = schedule([size_of(batch) for batch in learnt], self.steps, self.batch_tokens, self.seed)
         started, told = training.resumed(), ""
@@ -138,6 +142,9 @@ class Recover(Transform):
         module.to("cpu")
         self._judge(before, after, context)
         return model
+
+    def _usual_rate(self, tags: frozenset[str]) -> float:
+        return _CHANNELS_RATE if "pruned:channels" in tags else _LEARNING_RATES[self.method]
 
     def _judge(self, before: float, after: float, context: TransformContext) -> None:
         """Say how much was won back.
