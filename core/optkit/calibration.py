@@ -18,7 +18,8 @@ class Calibration:
 
     inputs: tuple[Mapping[str, Tensor], ...] = ()
     """Keyword arguments of the model's `forward`, one mapping a batch, on the CPU. Language models and encoders get
-    `input_ids` and `attention_mask` `[1, tokens]` int64, without padding."""
+    `input_ids` and `attention_mask` `[1, tokens]` int64, without padding; image classifiers `pixel_values`
+    `[rows, channels, height, width]` float32."""
 
     @property
     def samples(self) -> int:

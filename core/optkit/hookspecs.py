@@ -44,7 +44,7 @@ def register_sources() -> Registration:
 
 @hookspec
 def register_datasets() -> Registration:
-    """Subclasses of `optkit.datasets.Dataset`."""
+    """Subclasses of `optkit.datasets.TextDataset` or `ImageDataset`."""
     return {}
 
 

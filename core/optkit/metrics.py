@@ -12,11 +12,14 @@ import numpy.typing as npt
 from optkit.options import Options
 
 __all__ = [
+    "ClassificationMetric",
     "EmbeddingMetric",
     "EncodingMetric",
     "EncodingRun",
     "Footprint",
     "FootprintMetric",
+    "ImageRun",
+    "ImageRunMetric",
     "Metric",
     "Run",
     "RunMetric",
@@ -46,6 +49,15 @@ class EncodingRun:
     """Of all sequences, without padding."""
     seconds: float
     """From handing them over until the last embedding was there."""
+
+
+@dataclass(frozen=True, slots=True)
+class ImageRun:
+    """One pass of an image classifier over many prepared images, timed from outside."""
+
+    images: int
+    seconds: float
+    """From handing them over until the last logits were there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +114,27 @@ class EmbeddingMetric(Metric):
         """The figure from the values of all sequences."""
 
 
+class ClassificationMetric(Metric):
+    """Quality of a classifier: one value per image, from the logits of the model and of the baseline."""
+
+    labelled: ClassVar[bool] = False
+    """Whether it needs the true classes. It is left out where the dataset has none."""
+
+    @abstractmethod
+    def per_image(self, logits: Floats, baseline: Floats, labels: npt.NDArray[np.int64]) -> Floats:
+        """One value per image.
+
+        Args:
+            logits: `[images, classes]` float32 of the model that is judged.
+            baseline: of the unoptimized model, for the same images. Judging the baseline itself passes it twice.
+            labels: `[images]`, the true class; -1 where it is unknown.
+        """
+
+    @abstractmethod
+    def aggregate(self, values: Floats) -> float:
+        """The figure from the values of all images."""
+
+
 class RunMetric(Metric):
     """Speed: one value per timed generation."""
 
@@ -115,6 +148,14 @@ class EncodingMetric(Metric):
 
     @abstractmethod
     def of(self, run: EncodingRun) -> float:
+        """The figure of one pass, positive."""
+
+
+class ImageRunMetric(Metric):
+    """Speed of an image classifier: one value per timed pass over all images."""
+
+    @abstractmethod
+    def of(self, run: ImageRun) -> float:
         """The figure of one pass, positive."""
 
 

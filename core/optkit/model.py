@@ -18,7 +18,8 @@ class ModelCard:
 
     name: str
     tags: frozenset[str]
-    """For example `task:causal-lm` or `task:feature-extraction`, `arch:llama`, `weights:float`."""
+    """For example `task:causal-lm`, `task:feature-extraction` or `task:image-classification`, `arch:llama`,
+    `weights:float`."""
     linears: Mapping[str, tuple[int, int]]
     """`[out_features, in_features]` of every linear layer, by module path, the output head included."""
     parameters: int
@@ -29,13 +30,19 @@ class ModelCard:
     hidden_size: int
     layers: int
     max_length: int
-    """Positions that the model was trained for."""
+    """Positions that the model was trained for; 1 for an image classifier."""
     kv_values_per_token: int
-    """Numbers in the KV cache per token, keys and values of all layers; 0 for an encoder."""
+    """Numbers in the KV cache per token, keys and values of all layers; 0 where there is none."""
     tied_head: bool
     """Whether the output head and the input embedding are one tensor."""
     head_size: int = 0
     """Features of an attention head; 0 where it is not known."""
+    convolutions: Mapping[str, tuple[int, int, int, int]] = field(default_factory=dict)
+    """`[out_channels, in_channels / groups, height, width]` of every convolution of two axes, by module path."""
+    pixels: tuple[int, int, int] | None = None
+    """Of an image classifier about `[channels, height, width]` of what it reads; its image processor knows."""
+    labels: tuple[str, ...] = ()
+    """Of an image classifier the names of its classes, in the order of its logits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +56,7 @@ class Model:
     tags: frozenset[str]
     files: Mapping[str, str] = field(default_factory=dict)
     """Small text files that belong to it and that its configuration does not hold, by path: those of
-    sentence-transformers. They stay beside its weights."""
+    sentence-transformers, or of the image processor. They stay beside its weights."""
 
     def tagged(self, *tags: str) -> Model:
         """The same model with further tags."""

@@ -17,6 +17,7 @@ from optkit.batching import Batcher
 from optkit.errors import DamagedError, MissingError, RecipeError
 from optkit.plugins import Kind, Plugins
 from optkit.steps import Limits
+from optkit.weights import FEATURE_EXTRACTION
 
 __all__ = ["Files", "bound", "files_of", "open_files", "open_session", "token_session"]
 
@@ -81,7 +82,9 @@ def token_session(session: AnySession, artifact: Artifact) -> TokenSession:
             where=str(artifact.path),
             remedy="apply the recipe with another backend",
         )
-    raise RecipeError("is no causal language model", where=str(artifact.path), remedy="optkit.Encoder runs an encoder")
+    encoder = FEATURE_EXTRACTION in artifact.manifest.tags
+    remedy = "optkit.Encoder runs an encoder" if encoder else "optkit.WorkerTensors runs it"
+    raise RecipeError("is no causal language model", where=str(artifact.path), remedy=remedy)
 
 
 def bound(kind: Kind, node: Any, plugins: Plugins) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optkit.errors import RecipeError
 from optkit.schemes import FP8_MAX, ActivationScheme, WeightScheme
 
 __all__ = [
@@ -172,6 +173,9 @@ class QuantizedConv2d(QuantizedLayer):
         convolution: the float layer, whose stride, padding, dilation and groups it takes over.
         args: those of `QuantizedLayer`.
         kwargs: likewise. Dynamic activations are refused: a convolution has no tokens.
+
+    Raises:
+        RecipeError: by `forward`, where a model has cast the input to integers, as some do to the type of the weights.
     """
 
     def __init__(self, convolution: nn.Conv2d, *args: Any, **kwargs: Any) -> None:
@@ -182,8 +186,14 @@ class QuantizedConv2d(QuantizedLayer):
             raise ValueError(f"padding_mode {convolution.padding_mode!r} is not supported, only zeros")
         self.stride, self.padding = convolution.stride, convolution.padding
         self.dilation, self.groups = convolution.dilation, convolution.groups
+        self.kernel_size = convolution.kernel_size
+        self.out_channels, self.in_channels = len(self.weight), self.weight.shape[1] * self.groups
 
     def forward(self, input: Tensor) -> Tensor:
+        if not input.is_floating_point():
+            what = f"the model casts the input of a convolution to the type of its weights, {input.dtype}"
+            remedy = "leave that convolution out (ignore), such as the patch embedding of a vision transformer"
+            raise RecipeError(what, where=str(tuple(self.weight.shape)), remedy=remedy)
         weight = self.dequantized().to(input.dtype)
         rounded = self.rounded(input)
         return nn.functional.conv2d(rounded, weight, self.bias, self.stride, self.padding, self.dilation, self.groups)
@@ -192,9 +202,9 @@ class QuantizedConv2d(QuantizedLayer):
         return f"shape={tuple(self.weight.shape)}, scheme={self.scheme}, activations={self.activations}"
 
 
-def quantized_layers(module: nn.Module) -> Iterator[tuple[str, QuantizedLinear]]:
-    """Every quantized linear layer of `module` with its path."""
-    return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, QuantizedLinear))
+def quantized_layers(module: nn.Module) -> Iterator[tuple[str, QuantizedLayer]]:
+    """Every quantized layer of `module`, linear or convolution, with its path."""
+    return ((name, layer) for name, layer in module.named_modules() if isinstance(layer, QuantizedLayer))
 
 
 def replace_module(root: nn.Module, path: str, new: nn.Module) -> None:

@@ -119,16 +119,37 @@ def reshape(module: nn.Module, shapes: Mapping[str, Mapping[str, int]]) -> None:
                         _linear(part.in_features, rank, bias=False), _linear(rank, part.out_features, bias=bias)
                     )
                 replace_module(module, path, made)
+            case nn.Conv2d():
+                replace_module(module, path, _convolution(part))
+            case nn.BatchNorm2d():
+                norm = nn.BatchNorm2d(
+                    part.num_features, part.eps, part.momentum, part.affine, part.track_running_stats, device="meta"
+                )
+                replace_module(module, path, norm)
             case _ if sizes and list(part.parameters(recurse=False)):
-                raise ValueError(f"optkit_shapes gives {path} sizes, and it is no linear layer")
+                raise ValueError(
+                    f"optkit_shapes gives {path} sizes, and it is no linear layer, convolution or batch norm"
+                )
 
 
 def _linear(inputs: int, outputs: int, *, bias: bool) -> nn.Linear:
     return nn.Linear(inputs, outputs, bias=bias, device="meta")
 
 
+def _convolution(like: nn.Conv2d) -> nn.Conv2d:
+    """One of its attributes, without weights."""
+    sizes: list[Any] = [like.kernel_size, like.stride, like.padding, like.dilation, like.groups]
+    convolution: Any = nn.Conv2d
+    made: nn.Conv2d = convolution(
+        like.in_channels, like.out_channels, *sizes, like.bias is not None, like.padding_mode, device="meta"
+    )
+    return made
+
+
 def _settle(model: Any) -> None:
     """Set those entries of the configuration that one value of all layers fits."""
+    if getattr(model, "main_input_name", "input_ids") != "input_ids":
+        return  # where a model of images has stages or patches, such entries mean something else
     config = model.config
     named = dict(model.named_modules())
     for entry, values in (

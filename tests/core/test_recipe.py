@@ -19,7 +19,7 @@ from pydantic import Field, model_validator
 from optkit.backends import Backend, Lowering, TokenSession
 from optkit.batching import Batcher, MemoryView, SequenceView, Wait
 from optkit.binding import from_data, parse
-from optkit.datasets import Dataset
+from optkit.datasets import TextDataset
 from optkit.errors import MissingError, OptkitError, RecipeError
 from optkit.hookspecs import Registration, hookimpl
 from optkit.metrics import Run, RunMetric
@@ -112,7 +112,7 @@ class One(Batcher):
         return Wait(None)
 
 
-class Text(Dataset):
+class Text(TextDataset):
     """A text."""
 
     text: str = "hello"
@@ -231,6 +231,7 @@ def test_defaults_are_filled_in(plugins: Plugins) -> None:
             "dataset": {"python_reference": {"text": "hello"}},
             "tokens": 4096,
             "context_length": 512,
+            "images": 256,
         },
         "benchmark": {"prompt_tokens": 128, "output_tokens": 32, "blocks": 6, "seed": 0},
         "gates": None,

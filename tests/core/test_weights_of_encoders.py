@@ -7,7 +7,7 @@ import torch
 
 from optkit.quantized import quantized_layers
 from optkit.transforms import TransformContext
-from optkit.weights import FEATURE_EXTRACTION, holds_encoder, load_folder, save_folder
+from optkit.weights import FEATURE_EXTRACTION, folder_task, load_folder, save_folder
 from optkit_quantize.rtn import RTN
 
 IDS = torch.tensor([[5, 200, 31, 7, 90, 12]])
@@ -22,7 +22,7 @@ def test_it_is_saved_and_loaded_with_its_files(tiny_bert, tmp_path):
     model = tiny_bert()
     save_folder(model, tmp_path)
     loaded = load_folder(tmp_path)
-    assert holds_encoder(tmp_path)
+    assert folder_task(tmp_path) == FEATURE_EXTRACTION
     assert type(loaded.module) is type(model.module)
     assert loaded.tags == model.tags
     assert FEATURE_EXTRACTION in loaded.tags

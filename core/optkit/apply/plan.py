@@ -6,18 +6,25 @@ import shutil
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from optkit import hardware
-from optkit.apply.data import calibration_length, check_calibration, check_text, placed
 from optkit.backends import Backend, Lowering
 from optkit.errors import DamagedError, MachineError, MissingError, OptkitError, RecipeError
 from optkit.locations import cache_root
-from optkit.measure import Task, measurable, task_of
+from optkit.measure import AnyTask, measurable, task_of
 from optkit.metrics import FootprintMetric
 from optkit.model import ModelCard
+from optkit.options import Options
 from optkit.plugins import Plugins
-from optkit.recipe import Recipe, RecipeKeys
+from optkit.recipe import (
+    Benchmark,
+    CalibrationData,
+    CalibrationKeys,
+    Evaluation,
+    EvaluationKeys,
+    Recipe,
+    RecipeKeys,
+)
 from optkit.steps import Limits
 from optkit.transforms import Transform
 
@@ -26,6 +33,12 @@ __all__ = ["Estimate", "Plan", "PlannedStep", "check_output", "check_room", "mak
 _FLOAT = 4
 # Of what the GEMM probe reaches: a whole model also normalizes, attends and dispatches.
 _EFFICIENCY = 0.5
+_KEYS: dict[tuple[str, ...], type[Options]] = {
+    (): RecipeKeys,
+    ("benchmark",): Benchmark,
+    ("calibration",): CalibrationKeys,
+    ("evaluation",): EvaluationKeys,
+}
 _NEED_KERNELS = ("weights:", "activations:", "kv:")
 # Zeros need no kernel of their own; without one they are no faster.
 _DENSE = Lowering(
@@ -74,7 +87,7 @@ class Plan:
     """What may well go wrong, one line each."""
 
     @property
-    def task(self) -> Task[Any, Any]:
+    def task(self) -> AnyTask:
         """What measuring means for this model."""
         return task_of(self.card.tags)
 
@@ -90,8 +103,8 @@ def make_plan(recipe: Recipe, plugins: Plugins) -> Plan:
     Raises:
         RecipeError: steps in an order that cannot work, options that do not fit the model, or a weight format that the
             backend cannot run; with position and remedy.
-        MissingError: the model, the evaluation text, or what the backend needs, is not on this machine.
-        DamagedError: the model or the text is not in its format.
+        MissingError: the model, the evaluation data, or what the backend needs, is not on this machine.
+        DamagedError: the model or the data are not in their format.
         MachineError: too little memory or disk.
     """
     _check_gates(recipe, plugins)
@@ -104,11 +117,12 @@ def make_plan(recipe: Recipe, plugins: Plugins) -> Plan:
     tags = steps[-1].tags if steps else card.tags
     lowering = _lower(recipe, tags)
     _check_batching(recipe)
+    _check_datasets(recipe, task)
     limits = _limits(recipe, card, task)
-    check_text(recipe, task)
+    gated = [plugins.get("metric", gate.metric) for gate in recipe.gates or ()]
     dense = [tag for tag, lowered in lowering.items() if tag.startswith("sparsity:") and not lowered.native]
     warnings = (
-        *check_calibration(recipe, card, task),
+        *task.check(recipe, card, gated),
         *(f"{recipe.backend.name} gains nothing from {tag}: {lowering[tag].reason}" for tag in dense),
     )
     estimate = _estimate(recipe, card, limits, task, steps)
@@ -120,7 +134,7 @@ def _inspect(recipe: Recipe) -> ModelCard:
     try:
         return recipe.model.options.inspect()
     except OptkitError as error:
-        raise placed(error, recipe, "model", recipe.model.name) from error
+        raise recipe.placed(error, "model", recipe.model.name) from error
 
 
 def _check_gates(recipe: Recipe, plugins: Plugins) -> None:
@@ -128,7 +142,7 @@ def _check_gates(recipe: Recipe, plugins: Plugins) -> None:
         metric = plugins.get("metric", gate.metric, where=recipe.document.where("gates", index, "metric"))
         if not measurable(metric):
             raise recipe.document.error(
-                f"{gate.metric} is no metric of tokens, runs or footprints, or has options that must be given",
+                f"{gate.metric} is no metric of quality, runs or footprints, or has options that must be given",
                 "gates",
                 index,
                 remedy="gate on another metric",
@@ -142,7 +156,7 @@ def _check_gates(recipe: Recipe, plugins: Plugins) -> None:
             )
 
 
-def _check_task(recipe: Recipe, task: Task[Any, Any], plugins: Plugins) -> None:
+def _check_task(recipe: Recipe, task: AnyTask, plugins: Plugins) -> None:
     """Refuse what means nothing for this kind of model."""
     for index, gate in enumerate(recipe.gates or ()):
         if not issubclass(
@@ -155,17 +169,27 @@ def _check_task(recipe: Recipe, task: Task[Any, Any], plugins: Plugins) -> None:
                 index,
                 remedy=f"gate on {usual}",
             )
-    if task.generates:
-        return
-    for key in ("prompt_tokens", "output_tokens"):
-        given = getattr(recipe.benchmark, key)
+    for keys in task.meaningless:
+        *section, key = keys
+        asked = getattr(recipe, section[0]) if section else recipe
+        given = getattr(asked, key, None)
         # A resolved recipe has every default written out.
-        if given != type(recipe.benchmark).model_fields[key].default:
+        if asked is not None and given != _KEYS[tuple(section)].model_fields[key].default:
             what = f"means nothing for this model's task ({task.noun})"
-            raise recipe.document.error(what, "benchmark", key, found=given, remedy="remove it")
-    if recipe.kv_cache_tokens is not None:
-        what = f"means nothing for this model's task ({task.noun})"
-        raise recipe.document.error(what, "kv_cache_tokens", found=recipe.kv_cache_tokens, remedy="remove it")
+            raise recipe.document.error(what, *keys, found=given, remedy="remove it")
+
+
+def _check_datasets(recipe: Recipe, task: AnyTask) -> None:
+    """Refuse text for models of images, and images for models of text."""
+    sections: dict[str, Evaluation | CalibrationData | None] = {
+        "evaluation": recipe.evaluation,
+        "calibration": recipe.calibration,
+    }
+    for name, asked in sections.items():
+        if asked is not None and not isinstance(asked.dataset.options, task.dataset):
+            what = f"holds {asked.dataset.options.holds}, and this model reads {task.dataset.holds}"
+            remedy = f"name a dataset of {task.dataset.holds}; optkit plugins list shows what is installed"
+            raise recipe.document.error(what, name, "dataset", found=asked.dataset.name, remedy=remedy)
 
 
 def _fold(recipe: Recipe, card: ModelCard) -> tuple[PlannedStep, ...]:
@@ -236,7 +260,7 @@ def _check_batching(recipe: Recipe) -> None:
     )
 
 
-def _limits(recipe: Recipe, card: ModelCard, task: Task[Any, Any]) -> Limits:
+def _limits(recipe: Recipe, card: ModelCard, task: AnyTask) -> Limits:
     needed = task.positions(recipe)
     length = recipe.max_length or min(card.max_length, max(2048, needed))
     if length > card.max_length:
@@ -270,7 +294,11 @@ def _limits(recipe: Recipe, card: ModelCard, task: Task[Any, Any]) -> Limits:
 
 
 def _estimate(
-    recipe: Recipe, card: ModelCard, limits: Limits, task: Task[Any, Any], steps: tuple[PlannedStep, ...]
+    recipe: Recipe,
+    card: ModelCard,
+    limits: Limits,
+    task: AnyTask,
+    steps: tuple[PlannedStep, ...],
 ) -> Estimate:
     floats = card.parameters * _FLOAT
     stored, bits, largest, work = floats, 8.0 * _FLOAT, floats, 0
@@ -286,13 +314,11 @@ def _estimate(
     # The baseline stays loaded beside the model that is worked on.
     memory = floats + largest + max(work, measuring.memory_bytes + recipe.backend.options.runtime_bytes(last, stored))
     disk = measuring.disk_bytes + (len(recipe.transforms) + 1) * stored + 2 * (stored + stored)
-    evaluation = (2 + len(recipe.transforms)) * recipe.evaluation.tokens * token_seconds
-    learning = 0.0
-    if recipe.calibration is not None:
-        tokens = recipe.calibration.samples * calibration_length(recipe.calibration, card)
-        learning = sum(use.options.forward_passes() for use in recipe.transforms) * tokens * token_seconds
-        memory += 2 * tokens * card.hidden_size * _FLOAT
-        disk += 2 * tokens * card.hidden_size * _FLOAT
+    evaluation = (2 + len(recipe.transforms)) * measuring.evaluation_tokens * token_seconds
+    tokens = measuring.calibration_tokens
+    learning = sum(use.options.forward_passes() for use in recipe.transforms) * tokens * token_seconds
+    memory += 2 * tokens * card.hidden_size * _FLOAT
+    disk += 2 * tokens * card.hidden_size * _FLOAT
     seconds = 20 + learning + evaluation + measuring.benchmark_seconds + disk / 0.5e9
     return Estimate(memory, disk, stored, seconds)
 

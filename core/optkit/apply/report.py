@@ -74,7 +74,7 @@ def _row(name: str, figure: Mapping[str, Any]) -> TableRow:
     unit, ratio = figure["unit"], figure.get("ratio")
     value, baseline = _quantity(figure["value"], unit), _quantity(figure["baseline"], unit)
     if ratio is not None:
-        change = f"{ratio['value']:.3g}x" if unit in {"B", "tok/s", "seq/s"} else f"{ratio['value']:.4f}x"
+        change = f"{ratio['value']:.3g}x" if unit == "B" or unit.endswith("/s") else f"{ratio['value']:.4f}x"
         change += "" if ratio["low"] == ratio["high"] else f" [{ratio['low']:.4g}, {ratio['high']:.4g}]"
     else:
         interval = figure["interval"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import logging
 import shutil
@@ -35,6 +34,7 @@ from optkit.recipe import Use
 from optkit.schemes import SHAPES_ENTRY
 from optkit.transforms import TransformContext
 from optkit.weights import save_folder
+from optkit.weights.compressed import quantizes_convolutions
 
 __all__ = ["Outcome", "Progress", "apply"]
 
@@ -71,12 +71,12 @@ def apply(plan: Plan, plugins: Plugins, output: Path, *, progress: Progress, ove
     output = output.resolve()  # two spellings of one place are one output, and a link to it stays a link
     recipe = plan.recipe
     source = key_of(model=_identity(recipe.model), files=recipe.model.options.fingerprint())
-    text = _key_of_text(recipe.evaluation.dataset)
-    calibration = "" if recipe.calibration is None else _key_of_text(recipe.calibration.dataset)
+    data = _key_of_data(recipe.evaluation.dataset)
+    calibration = "" if recipe.calibration is None else _key_of_data(recipe.calibration.dataset)
     uses: list[Use[Any]] = [*recipe.transforms, recipe.backend, recipe.batching]
     plugins_used = [_identity(use) for use in uses]
     recipe_hash = key_of(
-        recipe=recipe.resolved(), plugins=plugins_used, source=source, text=text, calibration=calibration
+        recipe=recipe.resolved(), plugins=plugins_used, source=source, data=data, calibration=calibration
     )
     place = key_of(output=str(output))
     with locked(place):
@@ -86,7 +86,7 @@ def apply(plan: Plan, plugins: Plugins, output: Path, *, progress: Progress, ove
         check_room(output, plan.estimate)
         sweep()
         with staging(output) as staged, workplace(place) as scratch:
-            steps = _Steps(plan, plugins, Workshop(plan, scratch), source, text, calibration, progress)
+            steps = _Steps(plan, plugins, Workshop(plan, scratch), source, data, calibration, progress)
             for index in range(len(recipe.transforms)):
                 steps.transform(index)
             report = steps.finish()
@@ -110,7 +110,7 @@ class _Steps:
         plugins: Plugins,
         shop: Workshop,
         source: str,
-        text: str,
+        data: str,
         calibration: str,
         progress: Progress,
     ) -> None:
@@ -121,10 +121,10 @@ class _Steps:
         self._machine = hardware.machine()
         judged: dict[str, Any] = {
             "source": source,
-            "text": text,
+            "data": data,
             "evaluation": {**self._resolved["evaluation"], "context_length": shop.longest},
         }
-        # What is learnt from depends on what is judged by: they share no text.
+        # What is learnt from depends on what is judged by: they share nothing.
         self._learnt_from = {"calibration": calibration, "asked": self._resolved["calibration"], **judged}
         self._judged_by = {**judged, "metrics": self._metrics(self._task.quality_metric)}
         self._cache = StepCache()
@@ -221,9 +221,10 @@ class _Steps:
         rounded = any(tag.startswith("activations:") for tag in self._tags)
         formats = [tag for tag in self._tags if tag.startswith("weights:") and tag != "weights:float"]
         pipeline = pipeline and not rounded and len(formats) < 2
-        # Neither knows layers of several shapes.
-        alike = SHAPES_ENTRY not in json.loads((self._files.weights / "config.json").read_text(encoding="utf-8"))
-        others = ["transformers", *(["sentence-transformers"] if pipeline else [])] if alike else []
+        # Neither knows layers of several shapes, or a format for convolutions.
+        config = json.loads((self._files.weights / "config.json").read_text(encoding="utf-8"))
+        known = SHAPES_ENTRY not in config and not quantizes_convolutions(config)
+        others = ["transformers", *(["sentence-transformers"] if pipeline else [])] if known else []
         return {
             "name": self._recipe.name,
             "recipe": self._resolved,
@@ -243,7 +244,7 @@ class _Steps:
         model = self._shop.take(self._weights, self._tags)
         progress, candidate = partial(self._progress, name), self._task.scorer(model)
         figures = measure.quality(
-            self._task, self._shop.baseline_scorer, candidate, self._shop.text, self._plugins, progress
+            self._task, self._shop.baseline_scorer, candidate, self._shop.data, self._plugins, progress
         )
         self._keep(model)
         return {"metrics": figures}
@@ -262,16 +263,16 @@ class _Steps:
         model = self._shop.take(self._weights, self._tags)
         tolerance = max(lowered.tolerance for lowered in self._plan.lowering.values())
         with self._open() as session:
-            candidate, text = self._task.scorer_of_session(session, self._files.weights), self._shop.text
-            distance = self._task.parity(self._task.scorer(model), candidate, text)
+            candidate, data = self._task.scorer_of_session(session, self._files.weights), self._shop.data
+            distance = self._task.parity(self._task.scorer(model), candidate, data)
             del model  # before the evaluation: nobody needs it any more
             progress = partial(self._progress, "quality")
             baseline = self._shop.baseline_scorer
-            figures = measure.quality(self._task, baseline, candidate, text, self._plugins, progress)
+            figures = measure.quality(self._task, baseline, candidate, data, self._plugins, progress)
         return {"metrics": figures, "parity": {"distance": distance, "tolerance": tolerance}}
 
     def _speed(self, _: Path) -> dict[str, Any]:
-        recipe, text, settings = self._recipe, self._shop.text, self._recipe.benchmark
+        recipe, data, settings = self._recipe, self._shop.data, self._recipe.benchmark
         card, files, name = self._plan.card, self._files, measure.OPTIMIZED
         size = measure.folder_bytes(files.runtime) or measure.folder_bytes(files.weights)
         contestants = (
@@ -279,13 +280,13 @@ class _Steps:
             Contestant(name, Opening(self._resolved, files), size),
         )
         told = partial(self._progress, "memory")
-        footprint = measure.footprints(self._task, contestants, text, settings, self._plugins, told)
+        footprint = measure.footprints(self._task, contestants, data, settings, self._plugins, told)
         arms = (
             arm_of_model(self._shop.baseline, measure.BASELINE),
             arm_of_session(self._open(), recipe.batching.options, files, name),
         )
         told = partial(self._progress, "benchmark")
-        speed, samples = measure.speed(self._task, arms, text, settings, self._plugins, told)
+        speed, samples = measure.speed(self._task, arms, data, settings, self._plugins, told)
         now = datetime.now(UTC).isoformat(timespec="seconds")
         return {"metrics": {**footprint[name], **speed[name]}, "measured": now, "samples": samples}
 
@@ -355,14 +356,5 @@ def _identity(use: Use[Any]) -> dict[str, Any]:
     return {"plugin": use.resolved(), "distribution": use.distribution, "version": use.version}
 
 
-def _key_of_text(use: Use[Dataset]) -> str:
-    return key_of(dataset=_identity(use), texts=_fingerprint(use.options))
-
-
-def _fingerprint(dataset: Dataset) -> str:
-    """SHA-256 over the texts, in hexadecimal: its options do not say what is in a file."""
-    digest = hashlib.sha256()
-    for text in dataset.texts():
-        encoded = text.encode("utf-8", "surrogatepass")
-        digest.update(len(encoded).to_bytes(8, "little") + encoded)
-    return digest.hexdigest()
+def _key_of_data(use: Use[Dataset]) -> str:
+    return key_of(dataset=_identity(use), data=use.options.fingerprint())

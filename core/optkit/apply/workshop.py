@@ -1,14 +1,12 @@
-"""What the steps of one apply share: the models, loaded when a step first needs them, and the evaluation text."""
+"""What the steps of one apply share: the models, loaded when a step first needs them, and the data."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-from optkit.apply.data import calibration_length
 from optkit.apply.plan import Plan
 from optkit.calibration import Calibration
-from optkit.evaluate import held_out
 from optkit.model import Model
 from optkit.weights import load_folder
 
@@ -19,18 +17,18 @@ class Workshop:
     """Holds the baseline and the model that is worked on. A step that the cache answers needs neither.
 
     Args:
-        plan: says where the baseline and the text come from.
+        plan: says where the baseline and the data come from.
         scratch: an empty directory for this run alone; the baseline's answers are kept there.
     """
 
     def __init__(self, plan: Plan, scratch: Path) -> None:
         self._recipe, self._card, self._task = plan.recipe, plan.card, plan.task
         self.longest = min(plan.recipe.evaluation.context_length, plan.limits.max_length)
-        """Tokens of one piece of the text at most."""
+        """Tokens of one piece of text at most."""
         self._scratch = scratch
         self._baseline: Model | None = None
         self._model: tuple[Path | None, Model] | None = None
-        self._text: list[tuple[int, ...]] | None = None
+        self._data: Any = None
         self._calibration: Calibration | None = None
         self._scorer: Any = None
 
@@ -49,29 +47,21 @@ class Workshop:
         return self._scorer
 
     @property
-    def text(self) -> list[tuple[int, ...]]:
-        """The evaluation text in token ids."""
-        if self._text is None:
-            model, settings = self.baseline, self._recipe.evaluation
-            dataset = settings.dataset.options
-            self._text = self._task.text(model.tokenizer, model.files, dataset, settings.tokens, self.longest)
-        return self._text
+    def data(self) -> Any:
+        """What models are judged on, as their task has it."""
+        if self._data is None:
+            reader, settings = self._task.reader(self.baseline), self._recipe.evaluation
+            self._data = self._task.data(reader, settings.dataset.options, settings, self.longest)
+        return self._data
 
     @property
     def calibration(self) -> Calibration:
-        """What transforms run the model on: windows that evaluation does not use."""
-        import torch
-
+        """What transforms run the model on: nothing that evaluation uses."""
         if self._calibration is None:
-            asked, model = self._recipe.calibration, self.baseline
+            asked = self._recipe.calibration
             assert asked is not None
-            length = calibration_length(asked, self._card)
-            pieces = self._task.samples(model.tokenizer, model.files, asked.dataset.options, length)
-            chosen = held_out(pieces, self.text, asked.samples)
-            ids = (torch.tensor([piece]) for piece in chosen)
-            self._calibration = Calibration(
-                tuple({"input_ids": row, "attention_mask": torch.ones_like(row)} for row in ids)
-            )
+            reader = self._task.reader(self.baseline)
+            self._calibration = self._task.calibration(reader, asked, self._card, self.data)
         return self._calibration
 
     def take(self, weights: Path | None, tags: frozenset[str]) -> Model:

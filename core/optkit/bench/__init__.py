@@ -4,16 +4,20 @@ from optkit.bench.arms import EngineArm, SessionArm, TransformersArm
 from optkit.bench.comparison import Comparison, Withheld, compare, compare_footprints
 from optkit.bench.encoding import SessionEncodingArm, TransformersEncodingArm
 from optkit.bench.explaining import ExplainedRow, Explanation, explain
+from optkit.bench.imaging import SessionImageArm, TransformersImageArm
 from optkit.bench.interleave import (
     Arm,
     EncodingArm,
     EncodingWorkload,
     GenerationArm,
+    ImageArm,
+    ImageWorkload,
+    PassArm,
     Sample,
     Samples,
     Workload,
     measure,
-    measure_encoding,
+    measure_passes,
 )
 from optkit.bench.memory import peak_memory
 from optkit.bench.opening import Opening, arm_of_model, arm_of_session, open_arm, opening_of
@@ -29,13 +33,18 @@ __all__ = [
     "ExplainedRow",
     "Explanation",
     "GenerationArm",
+    "ImageArm",
+    "ImageWorkload",
     "Opening",
+    "PassArm",
     "Sample",
     "Samples",
     "SessionArm",
     "SessionEncodingArm",
+    "SessionImageArm",
     "TransformersArm",
     "TransformersEncodingArm",
+    "TransformersImageArm",
     "Verdict",
     "Withheld",
     "Workload",
@@ -45,7 +54,7 @@ __all__ = [
     "compare_footprints",
     "explain",
     "measure",
-    "measure_encoding",
+    "measure_passes",
     "median_ratio",
     "open_arm",
     "opening_of",

@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from optkit.bench.interleave import EncodingArm
 from optkit.bench.opening import Opening, open_arm
 from optkit.errors import OptkitError
 from optkit.opening import Files
@@ -33,11 +32,7 @@ def _answer(task: dict[str, Any]) -> dict[str, Any]:
         files = Files(Path(files["runtime"]), Path(files["weights"]), Limits(**files["limits"]))
     try:
         arm = open_arm(Opening(task["recipe"], files), Plugins.load(block=task["block"]), "measured")
-        prompt = tuple(task["prompt"])
-        if isinstance(arm, EncodingArm):
-            arm.run([prompt])
-        else:
-            arm.run(prompt, task["output_tokens"])
+        arm.answer(task["request"])
     except OptkitError as error:
         return {
             "error": _tree_name(type(error)),

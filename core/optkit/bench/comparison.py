@@ -11,9 +11,11 @@ import numpy.typing as npt
 
 from optkit.bench.interleave import Samples
 from optkit.bench.statistics import FEWEST_BLOCKS, Estimate, Verdict, median_ratio, verdict
-from optkit.metrics import EncodingMetric, Footprint, FootprintMetric, RunMetric
+from optkit.metrics import EncodingMetric, Footprint, FootprintMetric, ImageRunMetric, RunMetric
 
 __all__ = ["Comparison", "Withheld", "compare", "compare_footprints"]
+
+AnyRunMetric = RunMetric | EncodingMetric | ImageRunMetric
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +59,7 @@ class Withheld:
 
 def compare(
     samples: Samples[Any],
-    metrics: Mapping[str, RunMetric] | Mapping[str, EncodingMetric],
+    metrics: Mapping[str, RunMetric] | Mapping[str, EncodingMetric] | Mapping[str, ImageRunMetric],
     baseline: str,
     margin: float = 0.05,
 ) -> list[Comparison | Withheld]:
@@ -67,7 +69,7 @@ def compare(
     arm did not do the work that was asked for, or gave one token over and over where the baseline did not.
 
     Args:
-        samples: from `measure` or `measure_encoding`.
+        samples: from `measure` or `measure_passes`.
         metrics: by name, for runs of that kind.
         baseline: name of the arm that the others are compared with.
         margin: see `optkit.bench.statistics.verdict`.
@@ -97,7 +99,7 @@ def compare_footprints(
 def _compare(
     samples: Samples[Any],
     name: str,
-    metric: RunMetric | EncodingMetric,
+    metric: AnyRunMetric,
     baseline: str,
     arm: str,
     margin: float,
@@ -126,7 +128,7 @@ def _compare(
     )
 
 
-def _blocks(samples: Samples[Any], metric: RunMetric | EncodingMetric, arm: str) -> npt.NDArray[np.float64]:
+def _blocks(samples: Samples[Any], metric: AnyRunMetric, arm: str) -> npt.NDArray[np.float64]:
     """`[blocks]`, the mean logarithm of the metric over the arm's runs in each block; NaN where it has none."""
     logs: list[list[float]] = [[] for _ in range(samples.workload.blocks)]
     for sample in samples.of(arm):

@@ -7,16 +7,20 @@ from collections import defaultdict
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+
 from optkit import hardware
 from optkit.artifact import Artifact
 from optkit.backends import TensorSession, TokenSession
-from optkit.engine.tensors import padded
+from optkit.engine.tensors import encodes_text, padded
 from optkit.errors import RecipeError
 from optkit.opening import files_of, open_files, token_session
 from optkit.plugins import Plugins
 from optkit.steps import KernelTime, Row, StepPlan
 
 __all__ = ["ExplainedRow", "Explanation", "explain"]
+
+_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,32 +67,44 @@ class Explanation:
 
 
 def explain(
-    artifact: Artifact, plugins: Plugins, peaks: hardware.Peaks, *, prompt_tokens: int = 64, batch_size: int = 1
+    artifact: Artifact,
+    plugins: Plugins,
+    peaks: hardware.Peaks,
+    *,
+    prompt_tokens: int | None = None,
+    batch_size: int = 1,
 ) -> Explanation:
-    """Profile one decode step of a causal language model, or one batch of an encoder.
+    """Profile one decode step of a causal language model, or one batch of an encoder or image classifier.
 
     Args:
         artifact: verified.
         plugins: to open it with.
         peaks: of this machine.
-        prompt_tokens: tokens in the KV cache before the step, or of each sequence that is encoded; cut to what the
-            artifact can hold.
-        batch_size: sequences in the step.
+        prompt_tokens: tokens in the KV cache before the step, or of each sequence that is encoded; 64 by default, cut
+            to what the artifact can hold. A model that reads no tokens has none.
+        batch_size: sequences in the step, or rows of what a model of arrays reads.
 
     Raises:
-        RecipeError: the artifact holds fewer sequences, or its runtime takes no single steps.
+        RecipeError: the artifact holds fewer sequences, its runtime takes no single steps, or it reads no tokens.
     """
     most = artifact.manifest.max_batch_size
     if batch_size > most:
         remedy = f"give --batch-size {most} or less"
-        raise RecipeError("holds fewer sequences", where=str(artifact.path), found=batch_size, remedy=remedy)
+        raise RecipeError("holds fewer at once", where=str(artifact.path), found=batch_size, remedy=remedy)
+    rows_are = "sequences"
     session, _ = open_files(artifact.manifest.recipe, files_of(artifact), plugins)
     with session:
-        if isinstance(session, TensorSession):
-            length = min(prompt_tokens, artifact.manifest.max_length)
+        if isinstance(session, TensorSession) and not encodes_text(session):
+            if prompt_tokens is not None:
+                what = "--prompt-tokens means nothing for it"
+                raise RecipeError(what, where=str(artifact.path), remedy="leave it out")
+            what, kernels = _computed(session, batch_size)
+            rows_are = "rows"
+        elif isinstance(session, TensorSession):
+            length = min(prompt_tokens or _TOKENS, artifact.manifest.max_length)
             what, kernels = f"encoding of {length} tokens", _encoded(session, length, batch_size)
         else:
-            length = min(prompt_tokens, artifact.manifest.max_length - 1)
+            length = min(prompt_tokens or _TOKENS, artifact.manifest.max_length - 1)
             single = token_session(session, artifact)
             what, kernels = f"decode step after {length} tokens", _decoded(single, length, batch_size)
     groups: dict[tuple[str, str], list[KernelTime]] = defaultdict(list)
@@ -101,7 +117,7 @@ def explain(
         key=lambda row: -row.seconds,
     )
     return Explanation(
-        what if batch_size == 1 else f"{what}, {batch_size} sequences at once",
+        what if batch_size == 1 else f"{what}, {batch_size} {rows_are} at once",
         artifact.report()["lowering"],
         tuple(rows),
         tuple(kernels),
@@ -127,6 +143,23 @@ def _decoded(session: TokenSession, length: int, batch_size: int) -> list[Kernel
 def _encoded(session: TensorSession, length: int, batch_size: int) -> list[KernelTime]:
     """The kernels of one call, of token 1 alone: it is in every vocabulary."""
     return session.profile(padded([(1,) * length] * batch_size, session.inputs))
+
+
+def _computed(session: TensorSession, batch_size: int) -> tuple[str, list[KernelTime]]:
+    """What is computed, in words, and the kernels of one call with random numbers of the sizes that inputs have.
+
+    Raises:
+        RecipeError: an input takes several sizes, of which none is more right than another.
+    """
+    random = np.random.default_rng(0)
+    inputs, sizes = {}, []
+    for name, spec in session.inputs.items():
+        shape = [size for size in spec.shape[1:] if size is not None]
+        if len(shape) != len(spec.shape) - 1:
+            raise RecipeError("takes inputs of several sizes, so that none can be chosen", where=name)
+        inputs[name] = random.normal(size=(batch_size, *shape)).astype(spec.dtype)
+        sizes.append(f"{name} of {' x '.join(map(str, shape))}")
+    return f"one call on {', '.join(sizes)}", session.profile(inputs)
 
 
 def _row(

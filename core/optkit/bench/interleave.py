@@ -5,34 +5,39 @@ from __future__ import annotations
 import gc
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Generic, Protocol, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from optkit.errors import RecipeError
-from optkit.metrics import EncodingRun, Run
+from optkit.metrics import EncodingRun, ImageRun, Run
 
 __all__ = [
     "Arm",
     "EncodingArm",
     "EncodingWorkload",
     "GenerationArm",
+    "ImageArm",
+    "ImageWorkload",
+    "PassArm",
     "Progress",
     "Sample",
     "Samples",
     "Work",
     "Workload",
     "measure",
-    "measure_encoding",
+    "measure_passes",
 ]
 
 Progress = Callable[[int, int, str], None]
 """`progress(done, total, what)`."""
 A = TypeVar("A", bound="Arm")
 R = TypeVar("R")
+D = TypeVar("D")
 R_contra = TypeVar("R_contra", contravariant=True)
 
 
@@ -40,6 +45,14 @@ class Arm(ABC):
     """One way to run a model, under a name. Runs are independent: nothing of one may speed up the next."""
 
     name: str
+
+    @abstractmethod
+    def answer(self, request: Mapping[str, Any]) -> None:
+        """Do the one piece of work that memory is measured with.
+
+        Args:
+            request: as the task of the arm says it, in JSON; see `optkit.measure.Task.request`.
+        """
 
     @abstractmethod
     def close(self) -> None:
@@ -53,13 +66,31 @@ class GenerationArm(Arm):
     def run(self, prompt: tuple[int, ...], output_tokens: int) -> Run:
         """Generate exactly `output_tokens` tokens greedily after `prompt`, whatever the end-of-text token says."""
 
+    def answer(self, request: Mapping[str, Any]) -> None:
+        self.run(tuple(request["prompt"]), request["output_tokens"])
 
-class EncodingArm(Arm):
-    """One way to run an encoder."""
+
+class PassArm(Arm, Generic[D, R]):
+    """One way to run a model that answers in one call."""
 
     @abstractmethod
-    def run(self, sequences: Sequence[tuple[int, ...]]) -> EncodingRun:
-        """Embed all `sequences`, handed over at once."""
+    def run(self, data: D) -> R:
+        """One pass over all data, handed over at once."""
+
+
+class EncodingArm(PassArm[Sequence[tuple[int, ...]], EncodingRun]):
+    """One way to run an encoder: a pass embeds sequences of token ids."""
+
+    def answer(self, request: Mapping[str, Any]) -> None:
+        self.run([tuple(request["sequence"])])
+
+
+class ImageArm(PassArm[npt.NDArray[np.float32], ImageRun]):
+    """One way to run an image classifier: a pass classifies prepared images `[images, channels, height, width]`."""
+
+    def answer(self, request: Mapping[str, Any]) -> None:
+        # What is on an image changes nothing of the memory.
+        self.run(np.zeros((1, *request["pixels"]), np.float32))
 
 
 class Work(Protocol[R_contra]):
@@ -135,6 +166,24 @@ class EncodingWorkload:
 
 
 @dataclass(frozen=True, slots=True)
+class ImageWorkload:
+    """What every arm of an image classifier does in every block, twice."""
+
+    images: int
+    blocks: int
+    seed: int = 0
+    """Of the order within the blocks."""
+
+    def differs(self, run: ImageRun) -> str | None:
+        if run.images != self.images:
+            return f"{run.images} images instead of {self.images}"
+        return None if np.isfinite(run.seconds) and run.seconds > 0 else "it took no time"
+
+    def degenerate(self, runs: Sequence[ImageRun]) -> str | None:
+        return None  # an arm refuses logits that are not finite, and quality judges the others
+
+
+@dataclass(frozen=True, slots=True)
 class Sample(Generic[R]):
     """One timed run and its place in the session."""
 
@@ -202,19 +251,14 @@ def measure(
         return _by_turns(arms, workload, run, progress, again)
 
 
-def measure_encoding(
-    arms: Sequence[EncodingArm],
-    sequences: Sequence[tuple[int, ...]],
-    workload: EncodingWorkload,
-    progress: Progress,
-    *,
-    again: str | None = None,
-) -> Samples[EncodingRun]:
-    """The same for encoders: in each half of each block every arm embeds all `sequences`; see `measure`."""
+def measure_passes(
+    arms: Sequence[PassArm[D, R]], data: D, workload: Work[R], progress: Progress, *, again: str | None = None
+) -> Samples[R]:
+    """The same for models of one call: in each half of each block every arm passes over all data; see `measure`."""
     with ExitStack() as stack:
         for arm in arms:
             stack.callback(arm.close)
-        return _by_turns(arms, workload, lambda arm, _: arm.run(sequences), progress, again)
+        return _by_turns(arms, workload, lambda arm, _: arm.run(data), progress, again)
 
 
 def _by_turns(

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -17,7 +18,7 @@ from optkit.plugins import Plugins
 __all__ = ["peak_memory"]
 
 
-def peak_memory(opening: Opening, plugins: Plugins, prompt: tuple[int, ...], output_tokens: int) -> int:
+def peak_memory(opening: Opening, plugins: Plugins, request: Mapping[str, Any]) -> int:
     """Highest resident memory, in bytes, of a fresh process that opens the model and answers one request.
 
     Python, its libraries and the work of loading are part of it: a machine must have room for them too.
@@ -25,14 +26,13 @@ def peak_memory(opening: Opening, plugins: Plugins, prompt: tuple[int, ...], out
     Args:
         opening: what to open.
         plugins: the process leaves out the same ones; it finds installed plugins only.
-        prompt: of the request, or the only sequence for an encoder.
-        output_tokens: to generate; an encoder has none.
+        request: in JSON; see `optkit.bench.Arm.answer`.
 
     Raises:
         MachineError: the process was killed, as the kernel does when memory runs out.
         OptkitError: what it met, as `optkit.bench.opening.open_arm` would raise it here.
     """
-    task = {**asdict(opening), "block": plugins.blocked, "prompt": prompt, "output_tokens": output_tokens}
+    task = {**asdict(opening), "block": plugins.blocked, "request": request}
     child = subprocess.run(
         [sys.executable, "-m", "optkit.bench.child"],
         input=json.dumps(task, default=str),

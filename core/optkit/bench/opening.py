@@ -11,12 +11,14 @@ from optkit.backends import AnySession, EngineSession, TensorSession
 from optkit.batching import Batcher
 from optkit.bench.arms import EngineArm, SessionArm, TransformersArm
 from optkit.bench.encoding import SessionEncodingArm, TransformersEncodingArm
-from optkit.bench.interleave import EncodingArm, GenerationArm
+from optkit.bench.imaging import SessionImageArm, TransformersImageArm
+from optkit.bench.interleave import Arm
+from optkit.engine.tensors import encodes_text
 from optkit.model import Model
 from optkit.opening import Files, bound, files_of, open_files
 from optkit.plugins import Plugins
 from optkit.sources import Source
-from optkit.weights import FEATURE_EXTRACTION
+from optkit.weights import FEATURE_EXTRACTION, IMAGE_CLASSIFICATION
 
 __all__ = ["Opening", "arm_of_model", "arm_of_session", "open_arm", "opening_of"]
 
@@ -36,7 +38,7 @@ def opening_of(artifact: Artifact) -> Opening:
     return Opening(artifact.manifest.recipe, files_of(artifact))
 
 
-def open_arm(opening: Opening, plugins: Plugins, name: str) -> GenerationArm | EncodingArm:
+def open_arm(opening: Opening, plugins: Plugins, name: str) -> Arm:
     """An arm, ready to run.
 
     Raises:
@@ -51,12 +53,14 @@ def open_arm(opening: Opening, plugins: Plugins, name: str) -> GenerationArm | E
     return arm_of_session(session, batcher, opening.files, name)
 
 
-def arm_of_model(model: Model, name: str) -> GenerationArm | EncodingArm:
+def arm_of_model(model: Model, name: str) -> Arm:
     """A loaded model in transformers as an arm."""
-    return (TransformersEncodingArm if FEATURE_EXTRACTION in model.tags else TransformersArm)(model, name)
+    if FEATURE_EXTRACTION in model.tags:
+        return TransformersEncodingArm(model, name)
+    return (TransformersImageArm if IMAGE_CLASSIFICATION in model.tags else TransformersArm)(model, name)
 
 
-def arm_of_session(session: AnySession, batcher: Batcher, files: Files, name: str) -> GenerationArm | EncodingArm:
+def arm_of_session(session: AnySession, batcher: Batcher, files: Files, name: str) -> Arm:
     """An open session with its batching strategy as an arm, which closes it.
 
     Args:
@@ -65,6 +69,8 @@ def arm_of_session(session: AnySession, batcher: Batcher, files: Files, name: st
         files: what the session was opened for.
         name: of the arm.
     """
+    if isinstance(session, TensorSession) and not encodes_text(session):
+        return SessionImageArm(session, batcher, files.limits, name)
     if isinstance(session, TensorSession):
         return SessionEncodingArm(session, batcher, files.weights, files.limits, name)
     if isinstance(session, EngineSession):

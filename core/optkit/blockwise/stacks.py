@@ -77,8 +77,8 @@ def output_of(module: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 def forward(module: nn.Module, batch: Mapping[str, Any]) -> Any:
     """What a model gives for a batch, in its own class; as for `output_of`."""
-    # Transformers' models would fill a KV cache that nobody reads.
-    extra = {"use_cache": False} if hasattr(module, "config") else {}
+    # Transformers' models of text would fill a KV cache that nobody reads.
+    extra = {"use_cache": False} if hasattr(module, "config") and "input_ids" in batch else {}
     return module(**batch, **extra)
 
 

@@ -15,6 +15,7 @@ def register_sources() -> Registration:
 def register_datasets() -> Registration:
     return {
         "python_reference": "optkit.builtin.texts:PythonReference",
+        "imagefolder": "optkit.builtin.images:ImageFolder",
         "text_file": "optkit.builtin.texts:TextFile",
     }
 
@@ -28,12 +29,15 @@ def register_metrics() -> Registration:
         "top1_agreement": "optkit.builtin.quality:Top1Agreement",
         "embedding_cosine": "optkit.builtin.quality:EmbeddingCosine",
         "embedding_cosine_p01": "optkit.builtin.quality:EmbeddingCosineP01",
+        "label_agreement": "optkit.builtin.quality:LabelAgreement",
+        "accuracy": "optkit.builtin.quality:Accuracy",
         "decode_tokens_per_second": "optkit.builtin.speed:DecodeTokensPerSecond",
         "prefill_tokens_per_second": "optkit.builtin.speed:PrefillTokensPerSecond",
         "ttft_ms": "optkit.builtin.speed:TimeToFirstToken",
         "tpot_ms": "optkit.builtin.speed:TimePerOutputToken",
         "latency_s": "optkit.builtin.speed:Latency",
         "sequences_per_second": "optkit.builtin.speed:SequencesPerSecond",
+        "images_per_second": "optkit.builtin.speed:ImagesPerSecond",
         "size_bytes": "optkit.builtin.speed:Size",
         "peak_memory_bytes": "optkit.builtin.speed:PeakMemory",
     }

@@ -52,7 +52,7 @@ class GGUF(Source):
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        from optkit.weights import causal_lm_tags, quiet_transformers
+        from optkit.weights import quiet_transformers, tags_of
 
         quiet_transformers()
         file = self._file()
@@ -65,7 +65,7 @@ class GGUF(Source):
             raise DamagedError(f"transformers cannot read it: {error}", where=self.file) from error
         _make_ordinary(module)
         _restore_pre_tokenizer(tokenizer, read_header(file)[0].get("tokenizer.ggml.pre"))
-        return Model(module.eval().requires_grad_(False), tokenizer, causal_lm_tags(module.config))
+        return Model(module.eval().requires_grad_(False), tokenizer, tags_of(module.config))
 
     def _file(self) -> Path:
         file = locate(self.file)

@@ -14,20 +14,23 @@ from optkit.errors import DamagedError, MissingError, OptkitError, RecipeError
 from optkit.model import Model, ModelCard
 from optkit.schemes import SHAPES_ENTRY
 from optkit.sources import Source
-from optkit.weights import CAUSAL_LM, FEATURE_EXTRACTION, is_encoder, sentence_files
+from optkit.weights import CAUSAL_LM, FEATURE_EXTRACTION, IMAGE_CLASSIFICATION, files_beside, sentence_files, task_tag
 from optkit.weights.compressed import stored_tags
+from optkit.weights.images import PREPARATION, labels_of, pixels_of
 
-__all__ = ["HuggingFace", "card_of", "encoder_card_of"]
+__all__ = ["HuggingFace", "card_of", "classifier_card_of", "encoder_card_of"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 class HuggingFace(Source):
-    """A causal language model or a sentence encoder in a Hugging Face folder with safetensors, or on the hub.
+    """A causal language model, a sentence encoder or an image classifier in a Hugging Face folder with safetensors, or
+    on the hub.
 
     Folders in compressed-tensors' pack-quantized, int-quantized and float-quantized formats load as quantized models,
     with one scheme or several. An encoder is a model without a head, whose architecture ends in `Model`; the files of
-    sentence-transformers beside it say how long its texts are and how tokens are pooled.
+    sentence-transformers beside it say how long its texts are and how tokens are pooled. The architecture of an image
+    classifier ends in `ForImageClassification`; its image processor (`preprocessor_config.json`) prepares the images.
     """
 
     model: str
@@ -43,10 +46,14 @@ class HuggingFace(Source):
         for file in _weight_files(folder):
             shapes |= safetensors_shapes(file)
         name = Path(self.model).name
-        if is_encoder(config):
+        task = task_tag(config)
+        files = files_beside(folder, task)
+        if task == IMAGE_CLASSIFICATION:
+            return classifier_card_of(config, shapes, files, name=name)
+        if task == FEATURE_EXTRACTION:
             tokenizer = folder / "tokenizer_config.json"
             limits = _json(tokenizer) if tokenizer.is_file() else {}
-            return encoder_card_of(config, shapes, sentence_files(folder), limits, name=name)
+            return encoder_card_of(config, shapes, files, limits, name=name)
         return card_of(config, shapes, name=name)
 
     def fingerprint(self) -> str:
@@ -109,10 +116,9 @@ def card_of(config: Mapping[str, Any], shapes: Shapes, *, name: str) -> ModelCar
     """
     architectures = config.get("architectures") or ["none"]
     if not any(str(kind).endswith("ForCausalLM") for kind in architectures):
-        remedy = "choose one whose architecture ends in ForCausalLM, or in Model for an encoder"
-        raise RecipeError(
-            "is no causal language model and no encoder", where=name, found=architectures[0], remedy=remedy
-        )
+        remedy = "choose one whose architecture ends in ForCausalLM, Model (an encoder) or ForImageClassification"
+        what = "is no causal language model, encoder or image classifier"
+        raise RecipeError(what, where=name, found=architectures[0], remedy=remedy)
     try:
         layers, hidden, heads = (
             int(config[key]) for key in ("num_hidden_layers", "hidden_size", "num_attention_heads")
@@ -121,9 +127,7 @@ def card_of(config: Mapping[str, Any], shapes: Shapes, *, name: str) -> ModelCar
         head_dim = int(config.get("head_dim") or hidden // heads)
         vocab, architecture = int(config["vocab_size"]), str(config["model_type"])
         tied = bool(config.get("tie_word_embeddings", True)) and "lm_head.weight" not in shapes
-        linears = {
-            key.removesuffix(".weight"): (shape[0], shape[1]) for key, shape in shapes.items() if _is_linear(key, shape)
-        }
+        linears = _linears(shapes)
         if tied:
             linears["lm_head"] = (vocab, hidden)
         return ModelCard(
@@ -182,11 +186,7 @@ def encoder_card_of(
         return ModelCard(
             name=name,
             tags=frozenset({FEATURE_EXTRACTION, f"arch:{architecture}"}) | _weight_tags(config) | _shape_tags(config),
-            linears={
-                key.removesuffix(".weight"): (shape[0], shape[1])
-                for key, shape in shapes.items()
-                if _is_linear(key, shape)
-            },
+            linears=_linears(shapes),
             # Old files carry the numbers of the positions beside the weights.
             parameters=sum(_count(shape) for key, shape in shapes.items() if not key.endswith("position_ids")),
             bytes_per_parameter=4,
@@ -199,6 +199,55 @@ def encoder_card_of(
             head_size=int(config["hidden_size"]) // int(config["num_attention_heads"])
             if {"hidden_size", "num_attention_heads"} <= config.keys()
             else 0,
+        )
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise DamagedError(f"config.json is incomplete ({type(error).__name__}: {error})", where=name) from error
+
+
+# Of batch norms: they are learnt, but not trained.
+_STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")
+
+
+def classifier_card_of(config: Mapping[str, Any], shapes: Shapes, files: Mapping[str, str], *, name: str) -> ModelCard:
+    """The card of an image classifier.
+
+    Args:
+        config: the contents of its `config.json`.
+        shapes: of its tensors, by transformers' names.
+        files: holds its `preprocessor_config.json`.
+        name: for people.
+
+    Raises:
+        DamagedError: a configuration lacks what every such model has.
+    """
+    try:
+        pixels = pixels_of(config, files[PREPARATION])
+    except (ValueError, TypeError, KeyError) as error:
+        raise DamagedError(f"{PREPARATION} says no size ({error})", where=name) from error
+    try:
+        # Of models in stages the last is the widest.
+        hidden = config.get("hidden_size") or (config.get("hidden_sizes") or config.get("embed_dims") or [0])[-1]
+        return ModelCard(
+            name=name,
+            tags=frozenset({IMAGE_CLASSIFICATION, f"arch:{config['model_type']}"})
+            | _weight_tags(config)
+            | _shape_tags(config),
+            linears=_linears(shapes),
+            parameters=sum(_count(shape) for key, shape in shapes.items() if not key.endswith(_STATISTICS)),
+            bytes_per_parameter=4,
+            vocab_size=0,
+            hidden_size=int(hidden),
+            layers=int(config.get("num_hidden_layers") or sum(config.get("depths") or ())),
+            max_length=1,
+            kv_values_per_token=0,
+            tied_head=False,
+            convolutions={
+                key.removesuffix(".weight"): (shape[0], shape[1], shape[2], shape[3])
+                for key, shape in shapes.items()
+                if len(shape) == 4 and key.endswith(".weight")
+            },
+            pixels=pixels,
+            labels=labels_of(config),
         )
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise DamagedError(f"config.json is incomplete ({type(error).__name__}: {error})", where=name) from error
@@ -284,6 +333,12 @@ def _cached(shapes: Shapes) -> int:
     # The second factor of a layer of low rank gives what it keeps.
     endings = (".k_proj.weight", ".v_proj.weight", ".k_proj.1.weight", ".v_proj.1.weight")
     return sum(shape[0] for name, shape in shapes.items() if name.endswith(endings))
+
+
+def _linears(shapes: Shapes) -> dict[str, tuple[int, int]]:
+    return {
+        key.removesuffix(".weight"): (shape[0], shape[1]) for key, shape in shapes.items() if _is_linear(key, shape)
+    }
 
 
 def _is_linear(name: str, shape: tuple[int, ...]) -> bool:

@@ -1,4 +1,4 @@
-"""Metrics of quality: predictions beside the text, predictions and embeddings beside the baseline's."""
+"""Metrics of quality: predictions beside what is true, predictions and embeddings beside the baseline's."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from optkit.metrics import EmbeddingMetric, TokenMetric
+from optkit.metrics import ClassificationMetric, EmbeddingMetric, TokenMetric
 
 __all__ = [
+    "Accuracy",
     "EmbeddingCosine",
     "EmbeddingCosineP01",
     "KLDivergence",
     "KLDivergenceP99",
+    "LabelAgreement",
     "Perplexity",
     "Top1Agreement",
 ]
@@ -124,6 +126,38 @@ class EmbeddingCosineP01(EmbeddingCosine):
 
     def aggregate(self, values: Floats) -> float:
         return float(np.quantile(values, 0.01))
+
+
+class LabelAgreement(ClassificationMetric):
+    """Fraction of images that model and baseline put into the same class. It needs no labels."""
+
+    unit = ""
+    better = "higher"
+    relative = False
+
+    def per_image(self, logits: Floats, baseline: Floats, labels: npt.NDArray[np.int64]) -> Floats:
+        """1 where they agree, else 0."""
+        agreed: Floats = (logits.argmax(axis=-1) == baseline.argmax(axis=-1)).astype(np.float32)
+        return agreed
+
+    def aggregate(self, values: Floats) -> float:
+        return float(np.mean(values, dtype=np.float64))
+
+
+class Accuracy(ClassificationMetric):
+    """Top-1 accuracy: the fraction of images that the model puts into their true class. Not measured without labels."""
+
+    unit = ""
+    better = "higher"
+    labelled = True
+
+    def per_image(self, logits: Floats, baseline: Floats, labels: npt.NDArray[np.int64]) -> Floats:
+        """1 where it is right, else 0."""
+        right: Floats = (logits.argmax(axis=-1) == labels).astype(np.float32)
+        return right
+
+    def aggregate(self, values: Floats) -> float:
+        return float(np.mean(values, dtype=np.float64))
 
 
 def _chunks(logits: Floats, rows: int = 16) -> Iterator[slice]:

@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import math
 
-from optkit.metrics import EncodingMetric, EncodingRun, Footprint, FootprintMetric, Run, RunMetric
+from optkit.metrics import (
+    EncodingMetric,
+    EncodingRun,
+    Footprint,
+    FootprintMetric,
+    ImageRun,
+    ImageRunMetric,
+    Run,
+    RunMetric,
+)
 
 __all__ = [
     "DecodeTokensPerSecond",
+    "ImagesPerSecond",
     "Latency",
     "PeakMemory",
     "PrefillTokensPerSecond",
@@ -79,6 +89,16 @@ class SequencesPerSecond(EncodingMetric):
 
     def of(self, run: EncodingRun) -> float:
         return run.sequences / run.seconds if run.seconds > 0 else math.nan
+
+
+class ImagesPerSecond(ImageRunMetric):
+    """Prepared images classified per second, all of them handed over at once. Preparing them does not count."""
+
+    unit = "img/s"
+    better = "higher"
+
+    def of(self, run: ImageRun) -> float:
+        return run.images / run.seconds if run.seconds > 0 else math.nan
 
 
 class Size(FootprintMetric):

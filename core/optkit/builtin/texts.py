@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from optkit.builtin.files import locate
-from optkit.datasets import Dataset
+from optkit.datasets import TextDataset
 from optkit.errors import DamagedError
 
 __all__ = ["PythonReference", "TextFile"]
 
 
-class PythonReference(Dataset):
+class PythonReference(TextDataset):
     """The English reference text of the Python language that every CPython carries (`pydoc_data.topics`).
 
     About 450,000 characters of technical prose: enough to compare a model with its optimized self on any machine
@@ -24,7 +24,7 @@ class PythonReference(Dataset):
         yield from (topics[name] for name in sorted(topics))
 
 
-class TextFile(Dataset):
+class TextFile(TextDataset):
     """A UTF-8 text file; paragraphs that an empty line separates are the documents."""
 
     path: str

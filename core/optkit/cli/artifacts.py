@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from optkit.cli.present import counted, emit_json, lowered_as, plugins_of, say, size, table
+from optkit.cli.present import emit_json, lowered_as, plugins_of, say, size, table
 from optkit.cli.recipes import JsonOption, show_report
 
 __all__ = ["ArtifactArgument", "DraftOption", "add_to", "speculation_of"]
@@ -34,6 +34,7 @@ def add_to(app: typer.Typer) -> None:
 def inspect_artifact(artifact: ArtifactArgument, as_json: JsonOption = False) -> None:
     """Verify an artifact, and say what is in it and how it was made."""
     from optkit.artifact import open_artifact
+    from optkit.measure import task_of
 
     opened = open_artifact(artifact)
     manifest, report = opened.manifest, opened.report()
@@ -43,7 +44,8 @@ def inspect_artifact(artifact: ArtifactArgument, as_json: JsonOption = False) ->
     say(f"{manifest.name}: every file is what the manifest says")
     say(f"tags         {' '.join(manifest.tags)}")
     say(f"backend      {next(iter(manifest.recipe['backend']))}")
-    say(f"limits       {counted(manifest.max_batch_size, 'sequence')} of up to {manifest.max_length} tokens")
+    task = task_of(manifest.tags)
+    say(f"limits       {task.batch_in_words(manifest.max_batch_size, manifest.max_length)}")
     say(f"weights for  {', '.join(manifest.servable_by)}")
     for part in ("weights", "runtime"):
         bytes_of_part = sum(record.bytes for name, record in manifest.files.items() if name.startswith(f"{part}/"))
@@ -62,15 +64,16 @@ def explain_artifact(
     context: typer.Context,
     artifact: ArtifactArgument,
     prompt_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens in the KV cache before the step, or of each sequence to encode.")
-    ] = 64,
-    batch_size: Annotated[int, typer.Option(min=1, help="Sequences in the step.")] = 1,
+        int | None,
+        typer.Option(min=1, help="Tokens in the KV cache before the step, or of each sequence to encode; 64."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences in the step, or images.")] = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Say which kernel runs each layer, and how near to its ceiling.
 
-    Profiles one decode step, or one batch of an encoder. The ceiling is memory bandwidth, each weight read once, or
-    float32 matrix products: what is nearer. `optkit sys` measures both.
+    Profiles one decode step, or one batch of an encoder or image classifier. The ceiling is memory bandwidth, each
+    weight read once, or float32 matrix products: what is nearer. `optkit sys` measures both.
     """
     from optkit.artifact import open_artifact
     from optkit.bench import explain

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from optkit.cli.present import Steps, complain, counted, duration, emit_json, lowered_as, plugins_of, say, size, table
+from optkit.cli.present import Steps, complain, duration, emit_json, lowered_as, plugins_of, say, size, table
 
 __all__ = ["add_to"]
 
@@ -55,10 +55,7 @@ def apply_recipe(
     show_report(outcome.report)
     say()
     say(f"{'Already there' if outcome.existed else 'Published'}: {target}")
-    if plan.task.generates:
-        say(f'Next: optkit generate {target} "Why is the sky blue?"   or: optkit explain {target}')
-    else:
-        say(f'Next, in Python: optkit.Encoder("{target}").encode(["Why is the sky blue?"])')
+    say(plan.task.usage(target))
 
 
 def show_report(report: Any) -> None:
@@ -110,15 +107,14 @@ def plan_recipe(context: typer.Context, recipe: RecipeArgument, as_json: JsonOpt
         say(f"step {number}   {step.name}: {' '.join(sorted(step.tags - plan.card.tags))}")
     if plan.recipe.calibration is not None:
         asked = plan.recipe.calibration
-        many = f"{asked.samples} samples of up to {asked.sequence_length} tokens"
-        say(f"data     {asked.dataset.name}: {many} to calibrate on")
+        say(f"data     {asked.dataset.name}: {plan.task.samples_in_words(asked)} to calibrate on")
     say(f"backend  {plan.recipe.backend.name}")
     for tag, lowered in sorted(plan.lowering.items()):
         say(f"         {lowered_as(tag, lowered.kernel, lowered.native, lowered.reason)}")
     limits = plan.limits
-    batch = counted(limits.max_batch_size, "sequence")
+    batch = plan.task.batch_in_words(limits.max_batch_size, limits.max_length)
     own = plan.recipe.backend.options.own_batch_size is not None
-    say(f"batching {'of its own' if own else plan.recipe.batching.name}: {batch} of up to {limits.max_length} tokens")
+    say(f"batching {'of its own' if own else plan.recipe.batching.name}: {batch}")
     for gate in plan.recipe.gates or ():
         side, limit = ("at_most", gate.at_most) if gate.at_most is not None else ("at_least", gate.at_least)
         say(f"gate     {gate.metric} {side} {limit}")

@@ -50,15 +50,15 @@ class ArrayEngine(OneStepEngine[Arrays, Arrays]):
         super().__init__(batcher, limits, clock=clock)
         self._session, self._bounds = session, bounds
 
-    def add(self, inputs: Arrays) -> int:
+    def add(self, payload: Arrays) -> int:
         """Accept some rows and return the request's id.
 
         Raises:
             RequestError: they are not what the model takes, or too many.
         """
-        self._check(inputs)
-        rows = len(next(iter(inputs.values())))
-        return self._accept(inputs, rows=rows, queue=tuple(inputs[name].shape[1:] for name in self._session.inputs))
+        self._check(payload)
+        rows = len(next(iter(payload.values())))
+        return self._accept(payload, rows=rows, queue=tuple(payload[name].shape[1:] for name in self._session.inputs))
 
     def _check(self, inputs: Arrays) -> None:
         specs = self._session.inputs

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -15,10 +15,11 @@ import numpy.typing as npt
 
 from optkit.artifact import Artifact, open_artifact
 from optkit.backends import TensorSession
+from optkit.engine.one_step import run_all
 from optkit.engine.pooling import Pooling, pooling_of, preparation_of
 from optkit.engine.tensors import TensorEngine
 from optkit.engine.text import load_tokenizer
-from optkit.errors import DamagedError, MachineError, RecipeError, RequestError
+from optkit.errors import DamagedError, RecipeError, RequestError
 from optkit.opening import files_of, open_files
 from optkit.plugins import Plugins
 from optkit.weights import FEATURE_EXTRACTION, sentence_files
@@ -203,28 +204,7 @@ def embed(
     Raises:
         MachineError: the model failed on a sequence, which is named; nothing goes on.
     """
-    places: dict[int, int] = {}
-    rows: list[Floats] = [np.empty(0, np.float32)] * len(sequences)
-    try:
-        for index, ids in enumerate(sequences):
-            places[engine.add(ids)] = index
-        while places:
-            ended = engine.step()
-            for outcome in ended:
-                index = places.pop(outcome.request)
-                if outcome.result is None:
-                    raise MachineError(f"the model failed ({outcome.error})", where=f"text {index}")
-                rows[index] = pooling(outcome.result, normalize=normalize)
-            if told is not None:
-                told(len(ended))
-            if engine.wait:
-                time.sleep(engine.wait)
-    finally:
-        for request in places:  # also after Ctrl-C
-            engine.cancel(request)
-        if engine.busy:
-            engine.step()
-    return np.stack(rows)
+    return np.stack(run_all(engine, sequences, "text", partial(pooling, normalize=normalize), told))
 
 
 def _bar(total: int, *, shown: bool) -> AbstractContextManager[Told | None]:

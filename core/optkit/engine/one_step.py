@@ -12,13 +12,14 @@ from typing import Any, Generic, Literal, TypeVar
 from sortedcontainers import SortedKeyList
 
 from optkit.batching import Batcher, RequestView, Schedule, Start
-from optkit.errors import OptkitError, RecipeError
+from optkit.errors import MachineError, OptkitError, RecipeError
 from optkit.steps import Caps, Limits
 
-__all__ = ["OneStepEngine", "Outcome", "TensorStats"]
+__all__ = ["OneStepEngine", "Outcome", "TensorStats", "run_all"]
 
 Payload = TypeVar("Payload")
 Result = TypeVar("Result")
+Finished = TypeVar("Finished")
 
 _BOUNDLESS = 1 << 62
 _LONG_AGO = 1e9
@@ -127,6 +128,14 @@ class OneStepEngine(ABC, Generic[Payload, Result]):
             self._batch(plan, {0: longest})
 
     @abstractmethod
+    def add(self, payload: Payload) -> int:
+        """Accept a request and return its id.
+
+        Raises:
+            RequestError: it is not what the model takes.
+        """
+
+    @abstractmethod
     def _compute(self, batch: Sequence[Payload]) -> Sequence[Result]:
         """One call of the model: the results of at least one request, which belong to one queue."""
 
@@ -194,6 +203,52 @@ class OneStepEngine(ABC, Generic[Payload, Result]):
             del self._queues[request.queue]
         self._ended.append(outcome)
         self.stats.waiting = len(self._alive)
+
+
+def run_all(
+    engine: OneStepEngine[Payload, Result],
+    payloads: Sequence[Payload],
+    noun: str,
+    finish: Callable[[Result], Finished],
+    told: Callable[[int], object] | None = None,
+) -> list[Finished]:
+    """Run requests through an engine that does nothing else meanwhile.
+
+    Args:
+        engine: that has no request.
+        payloads: for `add`.
+        noun: what one is called, for errors.
+        finish: makes of each result what is kept: arrays are views into those of a batch.
+        told: called with the number of new results after each step.
+
+    Returns:
+        One for each payload, in their order.
+
+    Raises:
+        MachineError: the model failed on a request, which is named; nothing goes on.
+    """
+    places: dict[int, int] = {}
+    found: dict[int, Finished] = {}
+    try:
+        for index, payload in enumerate(payloads):
+            places[engine.add(payload)] = index
+        while places:
+            ended = engine.step()
+            for outcome in ended:
+                index = places.pop(outcome.request)
+                if outcome.result is None:
+                    raise MachineError(f"the model failed ({outcome.error})", where=f"{noun} {index}")
+                found[index] = finish(outcome.result)
+            if told is not None:
+                told(len(ended))
+            if engine.wait:
+                time.sleep(engine.wait)
+    finally:
+        for request in places:  # also after Ctrl-C
+            engine.cancel(request)
+        if engine.busy:
+            engine.step()
+    return [found[index] for index in range(len(payloads))]
 
 
 class _Request(Generic[Payload]):

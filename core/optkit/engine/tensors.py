@@ -69,13 +69,13 @@ class TensorEngine(OneStepEngine[tuple[int, ...], Floats]):
         super().__init__(batcher, limits, vocab_size, clock)
         self._session = session
 
-    def add(self, ids: tuple[int, ...], *, priority: int = 0) -> int:
+    def add(self, payload: tuple[int, ...], *, priority: int = 0) -> int:
         """Accept a sequence of token ids and return the request's id.
 
         Raises:
             RequestError: it is empty, too long, or holds unknown tokens.
         """
-        caps = self._memory.caps
+        ids, caps = payload, self._memory.caps
         if not ids:
             raise RequestError("there are no tokens to encode", remedy="give at least one token")
         if len(ids) > caps.max_length:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from optkit.bench.statistics import Estimate, percentile_interval
 from optkit.errors import DamagedError, GateFailed
 from optkit.evaluate.scorers import Scorer
-from optkit.metrics import EmbeddingMetric, TokenMetric
+from optkit.metrics import ClassificationMetric, EmbeddingMetric, TokenMetric
 
 __all__ = ["Figure", "Quality", "distance", "evaluate", "figure_of", "parity"]
 
@@ -37,7 +37,7 @@ class Figure:
     """Of the candidate's figure on other text of this kind."""
     ratio: Estimate | None
     """Candidate over baseline on the same text, so that what both find hard cancels out. None where the baseline's
-    figure is fixed by the metric's definition, such as its divergence from itself."""
+    figure is fixed by the metric's definition, such as its divergence from itself, or may be 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,9 +45,9 @@ class Quality:
     """What `evaluate` found."""
 
     windows: int
-    """Windows of text, or the sequences that an encoder read."""
+    """Windows of text, or the sequences that an encoder read, or images."""
     tokens: int
-    """Predicted tokens, or the tokens that an encoder read."""
+    """Predicted tokens, or the tokens that an encoder read, or images."""
     metrics: Mapping[str, Figure]
 
     def to_dict(self) -> dict[str, Any]:
@@ -135,12 +135,14 @@ def _pair(baseline: Scorer, candidate: Scorer, window: tuple[int, ...]) -> tuple
     return expected, found
 
 
-def figure_of(metric: TokenMetric | EmbeddingMetric, reference: list[Floats], judged: list[Floats]) -> Figure:
+def figure_of(
+    metric: TokenMetric | EmbeddingMetric | ClassificationMetric, reference: list[Floats], judged: list[Floats]
+) -> Figure:
     """The figure of a metric with its interval.
 
     Args:
         metric: whose values they are.
-        reference: of the baseline, `[values]` for each window or sequence.
+        reference: of the baseline, `[values]` for each window, sequence or image.
         judged: of the candidate, for the same ones.
     """
     before, after = np.concatenate(reference), np.concatenate(judged)
@@ -154,16 +156,19 @@ def figure_of(metric: TokenMetric | EmbeddingMetric, reference: list[Floats], ju
         if len(stretch[0])
     ]
     random = np.random.default_rng(0)
-    values, ratios = np.empty(_RESAMPLES), np.empty(_RESAMPLES)
+    values, origins = np.empty(_RESAMPLES), np.full(_RESAMPLES, origin)
     for index in range(_RESAMPLES):
         picked = [pairs[i] for i in random.integers(len(pairs), size=len(pairs))]
         values[index] = metric.aggregate(np.concatenate([pair[1] for pair in picked]))
-        ratios[index] = 1 if fixed else values[index] / metric.aggregate(np.concatenate([pair[0] for pair in picked]))
+        if not fixed:
+            origins[index] = metric.aggregate(np.concatenate([pair[0] for pair in picked]))
+    # To a figure that may as well be 0 there is no ratio.
+    related = not fixed and bool(origins.all())
     return Figure(
         unit=metric.unit,
         better=metric.better,
         baseline=origin,
         value=value,
         interval=Estimate(value, *percentile_interval(values)),
-        ratio=None if fixed else Estimate(value / origin, *percentile_interval(ratios)),
+        ratio=Estimate(value / origin, *percentile_interval(values / origins)) if related else None,
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any
 
-from optkit.datasets import Dataset
+from optkit.datasets import TextDataset
 from optkit.errors import RecipeError
 
 __all__ = ["every_sequence", "every_window", "held_out", "paragraphs", "sequences", "windows"]
@@ -14,7 +14,7 @@ __all__ = ["every_sequence", "every_window", "held_out", "paragraphs", "sequence
 _SHARED_RUN = 32
 
 
-def windows(tokenizer: Any, dataset: Dataset, tokens: int, context_length: int) -> list[tuple[int, ...]]:
+def windows(tokenizer: Any, dataset: TextDataset, tokens: int, context_length: int) -> list[tuple[int, ...]]:
     """Cut a dataset into windows of equal length that do not overlap, from its start, always the same ones.
 
     The texts are joined by an empty line, as perplexity on WikiText is usually measured
@@ -41,7 +41,7 @@ def windows(tokenizer: Any, dataset: Dataset, tokens: int, context_length: int) 
     )
 
 
-def every_window(tokenizer: Any, dataset: Dataset, length: int) -> Iterator[tuple[int, ...]]:
+def every_window(tokenizer: Any, dataset: TextDataset, length: int) -> Iterator[tuple[int, ...]]:
     """All windows of `length` tokens of a dataset, as `windows` cuts them; a shorter rest at the end is left out.
 
     Raises:
@@ -61,7 +61,7 @@ def every_window(tokenizer: Any, dataset: Dataset, length: int) -> Iterator[tupl
 
 
 def every_sequence(
-    tokenizer: Any, dataset: Dataset, longest: int, prepare: Callable[[str], str] = str
+    tokenizer: Any, dataset: TextDataset, longest: int, prepare: Callable[[str], str] = str
 ) -> Iterator[tuple[int, ...]]:
     """All paragraphs of a dataset as `sequences` reads them; those without tokens are left out."""
     for text in paragraphs(dataset):
@@ -106,14 +106,14 @@ def _runs(text: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     return (text[start : start + _SHARED_RUN] for start in range(len(text) - _SHARED_RUN + 1))
 
 
-def paragraphs(dataset: Dataset) -> Iterator[str]:
+def paragraphs(dataset: TextDataset) -> Iterator[str]:
     """The paragraphs of a dataset, which empty lines part, in its order."""
     for text in dataset.texts():
         yield from (paragraph for paragraph in (part.strip() for part in text.split("\n\n")) if paragraph)
 
 
 def sequences(
-    tokenizer: Any, dataset: Dataset, tokens: int, longest: int, prepare: Callable[[str], str] = str
+    tokenizer: Any, dataset: TextDataset, tokens: int, longest: int, prepare: Callable[[str], str] = str
 ) -> list[tuple[int, ...]]:
     """The first paragraphs of a dataset, each a sequence of its own length, always the same ones.
 

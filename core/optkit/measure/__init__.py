@@ -14,18 +14,18 @@ from optkit.measure.figures import (
     compressed_bytes,
     folder_bytes,
     footprints,
-    measurable,
     metrics_of,
     quality,
     speed,
 )
 from optkit.measure.generation import prompts_of
-from optkit.measure.task import Demand, Task
-from optkit.measure.tasks import task_of
+from optkit.measure.task import AnyTask, Demand, Task
+from optkit.measure.tasks import measurable, task_of
 
 __all__ = [
     "BASELINE",
     "OPTIMIZED",
+    "AnyTask",
     "Contestant",
     "Demand",
     "Figures",

@@ -23,8 +23,7 @@ from optkit.measure.figures import (
 from optkit.measure.tasks import task_of
 from optkit.opening import bound
 from optkit.plugins import Plugins
-from optkit.recipe import Benchmark
-from optkit.weights import sentence_files
+from optkit.recipe import Benchmark, EvaluationKeys
 
 __all__ = ["baseline_of", "check_same_task", "contest", "contestant"]
 
@@ -74,25 +73,22 @@ def contest(
 
     Args:
         contestants: two or more of one task; each is opened once.
-        artifact: whose tokenizer and evaluation text are used.
+        artifact: whose evaluation data are used, and what reads them.
         settings: how speed, memory and size are measured; None leaves them out.
         with_quality: whether quality is measured.
 
     Returns:
         Figures by contestant and metric, and the raw samples of the benchmark as lines of JSON.
     """
-    from optkit.engine.text import load_tokenizer
-
     task = task_of(artifact.manifest.tags)
-    settings_of_text = artifact.manifest.recipe["evaluation"]
-    dataset = bound("dataset", settings_of_text["dataset"], plugins)
-    tokenizer, files = load_tokenizer(artifact.weights), sentence_files(artifact.weights)
-    longest = min(settings_of_text["context_length"], artifact.manifest.max_length)
-    text = task.text(tokenizer, files, dataset, settings_of_text["tokens"], longest)
+    amount = EvaluationKeys(**artifact.manifest.recipe["evaluation"])
+    dataset = bound("dataset", amount.dataset, plugins)
+    longest = min(amount.context_length, artifact.manifest.max_length)
+    data = task.data(task.reader_of_folder(artifact.weights), dataset, amount, longest)
     figures: dict[str, Figures] = {one.name: {} for one in contestants[1:]}
     samples: list[str] = []
     if settings is not None:
-        _merge(figures, footprints(task, contestants, text, settings, plugins, _within(progress, "memory")))
+        _merge(figures, footprints(task, contestants, data, settings, plugins, _within(progress, "memory")))
     with ExitStack() as stack:
         arms: list[Arm] = []
         for one in contestants:
@@ -103,9 +99,9 @@ def contest(
             reference = task.recorded(task.scorer_of_arm(arms[0]), scratch)
             for arm in arms[1:]:
                 told = _within(progress, f"quality of {arm.name}")
-                figures[arm.name] |= quality(task, reference, task.scorer_of_arm(arm), text, plugins, told)
+                figures[arm.name] |= quality(task, reference, task.scorer_of_arm(arm), data, plugins, told)
         if settings is not None:
-            found_by_arm, samples = speed(task, arms, text, settings, plugins, _within(progress, "benchmark"))
+            found_by_arm, samples = speed(task, arms, data, settings, plugins, _within(progress, "benchmark"))
             _merge(figures, found_by_arm)
     return figures, samples
 

@@ -13,9 +13,9 @@ from optkit.bench import (
     Samples,
     SessionEncodingArm,
     TransformersEncodingArm,
-    measure_encoding,
+    measure_passes,
 )
-from optkit.datasets import Dataset
+from optkit.datasets import TextDataset
 from optkit.engine.pooling import preparation_of
 from optkit.errors import GateFailed
 from optkit.evaluate import (
@@ -30,7 +30,8 @@ from optkit.evaluate import (
     paragraphs,
     sequences,
 )
-from optkit.measure.task import Demand, Task, Text, Told
+from optkit.measure.task import Amount, Demand, Told
+from optkit.measure.texts import Reader, Text, TextTask, calibration_tokens
 from optkit.metrics import EmbeddingMetric, EncodingMetric, EncodingRun
 from optkit.model import Model, ModelCard
 from optkit.recipe import Benchmark, Evaluation, Gate, Recipe
@@ -46,12 +47,19 @@ _LIVE_WIDTHS = 16
 _HEAD_SIZE = 32
 
 
-class Encoding(Task[Embedder, EncodingArm]):
+class Encoding(TextTask[Embedder, EncodingArm]):
     """Encoders without a head, which are used for embeddings."""
 
     noun = "encoder"
     output = "hidden states"
     generates = False
+    needs_whole = False  # paragraphs may be as short as they like
+    meaningless = (
+        ("benchmark", "prompt_tokens"),
+        ("benchmark", "output_tokens"),
+        ("kv_cache_tokens",),
+        ("evaluation", "images"),
+    )
     gates = (
         Gate(metric="embedding_cosine", at_least=0.95),
         Gate(metric="sequences_per_second", at_least="-5%"),
@@ -77,37 +85,33 @@ class Encoding(Task[Embedder, EncodingArm]):
     def recorded(self, scorer: Embedder, scratch: Path) -> Embedder:
         return RecordedEmbedder(scorer)
 
-    def text(
-        self, tokenizer: Any, files: Mapping[str, str], dataset: Dataset, tokens: int, context_length: int
-    ) -> list[tuple[int, ...]]:
-        return sequences(tokenizer, dataset, tokens, context_length, preparation_of(files))
+    def data(self, reader: Reader, dataset: TextDataset, amount: Amount, longest: int) -> Text:
+        return sequences(reader.tokenizer, dataset, amount.tokens, longest, preparation_of(reader.files))
 
-    def samples(
-        self, tokenizer: Any, files: Mapping[str, str], dataset: Dataset, length: int
-    ) -> Iterator[tuple[int, ...]]:
-        return every_sequence(tokenizer, dataset, length, preparation_of(files))
+    def samples(self, reader: Reader, dataset: TextDataset, length: int) -> Iterator[tuple[int, ...]]:
+        return every_sequence(reader.tokenizer, dataset, length, preparation_of(reader.files))
 
     def evaluate(
-        self, baseline: Embedder, candidate: Embedder, text: Text, metrics: Mapping[str, EmbeddingMetric], told: Told
+        self, baseline: Embedder, candidate: Embedder, data: Text, metrics: Mapping[str, EmbeddingMetric], told: Told
     ) -> Quality:
-        return evaluate_embeddings(baseline, candidate, text, metrics, told)
+        return evaluate_embeddings(baseline, candidate, data, metrics, told)
 
-    def parity(self, reference: Embedder, candidate: Embedder, text: Text) -> float:
-        by_length = sorted(text, key=len)
+    def parity(self, reference: Embedder, candidate: Embedder, data: Text) -> float:
+        by_length = sorted(data, key=len)
         # One batch holds them: the shortest is padded most.
-        return embedding_parity(reference, candidate, [by_length[0], by_length[len(text) // 2], by_length[-1]])
+        return embedding_parity(reference, candidate, [by_length[0], by_length[len(data) // 2], by_length[-1]])
 
-    def time(self, arms: Sequence[EncodingArm], text: Text, settings: Benchmark, told: Told) -> Samples[EncodingRun]:
-        workload = EncodingWorkload(len(text), sum(map(len, text)), settings.blocks, settings.seed)
-        return measure_encoding(arms, text, workload, told, again=arms[-1].name)
+    def time(self, arms: Sequence[EncodingArm], data: Text, settings: Benchmark, told: Told) -> Samples[EncodingRun]:
+        workload = EncodingWorkload(len(data), sum(map(len, data)), settings.blocks, settings.seed)
+        return measure_passes(arms, data, workload, told, again=arms[-1].name)
 
-    def request(self, text: Text, settings: Benchmark) -> tuple[tuple[int, ...], int]:
-        return max(text, key=len), 0
+    def request(self, data: Text, settings: Benchmark) -> dict[str, Any]:
+        return {"sequence": max(data, key=len)}
 
     def positions(self, recipe: Recipe) -> int:
         return 1  # its texts are cut at what there is
 
-    def pieces(self, dataset: Dataset) -> Iterator[str]:
+    def pieces(self, dataset: TextDataset) -> Iterator[str]:
         return paragraphs(dataset)
 
     def tokens(self, evaluation: Evaluation) -> int:
@@ -124,6 +128,11 @@ class Encoding(Task[Embedder, EncodingArm]):
             # No more of a batch than there is text.
             memory_bytes=min(rows * longest, 2 * tokens) * activations * _FLOAT,
             disk_bytes=0,
+            evaluation_tokens=tokens,
+            calibration_tokens=calibration_tokens(recipe, card),
             # Two runs a block for the baseline, and for both arms of the optimized model.
             benchmark_seconds=6 * recipe.benchmark.blocks * tokens * token_seconds,
         )
+
+    def usage(self, artifact: Path) -> str:
+        return f'Next, in Python: optkit.Encoder("{artifact}").encode(["Why is the sky blue?"])'

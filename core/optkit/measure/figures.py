@@ -12,16 +12,8 @@ from typing import Any, TypeVar
 from optkit.bench import Arm, Opening, compare, compare_footprints, peak_memory, verdict
 from optkit.errors import OptkitError
 from optkit.hardware import usable_cores
-from optkit.measure.task import Task, Text
-from optkit.metrics import (
-    EmbeddingMetric,
-    EncodingMetric,
-    Footprint,
-    FootprintMetric,
-    Metric,
-    RunMetric,
-    TokenMetric,
-)
+from optkit.measure.task import AnyTask
+from optkit.metrics import Footprint, FootprintMetric, Metric
 from optkit.plugins import Plugins
 from optkit.recipe import Benchmark
 
@@ -34,7 +26,7 @@ __all__ = [
     "compressed_bytes",
     "folder_bytes",
     "footprints",
-    "measurable",
+    "made_without_options",
     "metrics_of",
     "quality",
     "speed",
@@ -66,27 +58,26 @@ def metrics_of(plugins: Plugins, shape: Callable[..., M]) -> dict[str, M]:
             metric = plugins.get("metric", name)
         except OptkitError:
             continue
-        if issubclass(metric, shape) and measurable(metric):  # type: ignore[arg-type]  # a class; typed as callable because it is abstract
+        if issubclass(metric, shape) and made_without_options(metric):  # type: ignore[arg-type]  # a class; typed as callable because it is abstract
             found[name] = metric()
     return found
 
 
-def measurable(metric: type[Metric]) -> bool:
-    """Whether there is a way to measure it. Recipes have no place for options of a metric."""
-    shaped = issubclass(metric, TokenMetric | RunMetric | EmbeddingMetric | EncodingMetric | FootprintMetric)
-    return shaped and not any(option.is_required() for option in metric.model_fields.values())
+def made_without_options(metric: type[Metric]) -> bool:
+    """Whether it can be: recipes have no place for options of a metric."""
+    return not any(option.is_required() for option in metric.model_fields.values())
 
 
 def quality(
-    task: Task[Any, Any],
+    task: AnyTask,
     baseline: Any,
     candidate: Any,
-    text: Text,
+    data: Any,
     plugins: Plugins,
     progress: Callable[..., None],
 ) -> Figures:
     """Figures of a candidate beside the baseline, both scorers of `task`; those with a ratio have a verdict."""
-    result = task.evaluate(baseline, candidate, text, metrics_of(plugins, task.quality_metric), progress)
+    result = task.evaluate(baseline, candidate, data, metrics_of(plugins, task.quality_metric), progress)
     figures: Figures = result.to_dict()["metrics"]
     for name, figure in result.metrics.items():
         if figure.ratio is not None:
@@ -95,9 +86,9 @@ def quality(
 
 
 def speed(
-    task: Task[Any, Any],
+    task: AnyTask,
     arms: Sequence[Arm],
-    text: Text,
+    data: Any,
     settings: Benchmark,
     plugins: Plugins,
     progress: Callable[..., None],
@@ -106,7 +97,7 @@ def speed(
 
     The A/A arm is the last one: an optimized model's runs are short, and its noise is what a claim must rise above.
     """
-    samples = task.time(arms, text, settings, progress)
+    samples = task.time(arms, data, settings, progress)
     figures: dict[str, Figures] = {arm.name: {} for arm in arms[1:]}
     metrics: Any = metrics_of(plugins, task.speed_metric)
     for comparison in compare(samples, metrics, arms[0].name):
@@ -125,19 +116,19 @@ class Contestant:
 
 
 def footprints(
-    task: Task[Any, Any],
+    task: AnyTask,
     contestants: Sequence[Contestant],
-    text: Text,
+    data: Any,
     settings: Benchmark,
     plugins: Plugins,
     progress: Callable[..., None],
 ) -> dict[str, Figures]:
     """Size and peak memory of every contestant beside the first. Memory is measured in fresh processes."""
-    prompt, output_tokens = task.request(text, settings)
+    request = task.request(data, settings)
     found = []
     for done, one in enumerate(contestants):
         progress(done, len(contestants), one.name)
-        found.append(Footprint(one.weight_bytes, peak_memory(one.opening, plugins, prompt, output_tokens)))
+        found.append(Footprint(one.weight_bytes, peak_memory(one.opening, plugins, request)))
     progress(len(contestants), len(contestants), "done")
     metrics = metrics_of(plugins, FootprintMetric)
     return {

@@ -8,7 +8,7 @@ from typing import Any
 
 from optkit.backends import AnySession, EngineSession, TokenSession
 from optkit.bench import EngineArm, GenerationArm, Samples, SessionArm, TransformersArm, Workload, measure
-from optkit.datasets import Dataset
+from optkit.datasets import TextDataset
 from optkit.errors import GateFailed, RecipeError
 from optkit.evaluate import (
     EngineScorer,
@@ -22,8 +22,9 @@ from optkit.evaluate import (
     parity,
     windows,
 )
-from optkit.measure.task import Demand, Task, Text, Told
-from optkit.metrics import Run, RunMetric, TokenMetric
+from optkit.measure.task import Amount, Demand, Told
+from optkit.measure.texts import Reader, Text, TextTask, calibration_tokens
+from optkit.metrics import Metric, Run, RunMetric, TokenMetric
 from optkit.model import Model, ModelCard
 from optkit.recipe import Benchmark, Evaluation, Gate, Recipe
 from optkit.steps import Limits
@@ -36,12 +37,14 @@ _PARITY_WINDOWS, _PARITY_TOKENS = 2, 128
 _EAGER_LAYER_SECONDS = 1.5e-3
 
 
-class Generation(Task[Scorer, GenerationArm]):
+class Generation(TextTask[Scorer, GenerationArm]):
     """Causal language models."""
 
     noun = "causal language model"
     output = "logits"
     generates = True
+    needs_whole = True
+    meaningless = (("evaluation", "images"),)
     gates = (
         Gate(metric="perplexity", at_most="+5%"),
         Gate(metric="decode_tokens_per_second", at_least="-5%"),
@@ -70,36 +73,44 @@ class Generation(Task[Scorer, GenerationArm]):
     def recorded(self, scorer: Scorer, scratch: Path) -> Scorer:
         return Recorded(scorer, scratch)
 
-    def text(
-        self, tokenizer: Any, files: Mapping[str, str], dataset: Dataset, tokens: int, context_length: int
-    ) -> list[tuple[int, ...]]:
-        return windows(tokenizer, dataset, tokens, context_length)
+    def data(self, reader: Reader, dataset: TextDataset, amount: Amount, longest: int) -> Text:
+        return windows(reader.tokenizer, dataset, amount.tokens, longest)
 
-    def samples(
-        self, tokenizer: Any, files: Mapping[str, str], dataset: Dataset, length: int
-    ) -> Iterator[tuple[int, ...]]:
-        return every_window(tokenizer, dataset, length)
+    def samples(self, reader: Reader, dataset: TextDataset, length: int) -> Iterator[tuple[int, ...]]:
+        return every_window(reader.tokenizer, dataset, length)
+
+    def check(self, recipe: Recipe, card: ModelCard, gated: Sequence[type[Metric]]) -> tuple[str, ...]:
+        needed, prompt = self.tokens(recipe.evaluation), recipe.benchmark.prompt_tokens
+        if prompt > needed:
+            raise recipe.document.error(
+                f"the evaluation text, which prompts are taken from, has {needed} tokens",
+                "benchmark",
+                "prompt_tokens",
+                found=prompt,
+                remedy="lower it, or raise evaluation.tokens",
+            )
+        return super().check(recipe, card, gated)
 
     def evaluate(
-        self, baseline: Scorer, candidate: Scorer, text: Text, metrics: Mapping[str, TokenMetric], told: Told
+        self, baseline: Scorer, candidate: Scorer, data: Text, metrics: Mapping[str, TokenMetric], told: Told
     ) -> Quality:
-        return evaluate(baseline, candidate, text, metrics, told)
+        return evaluate(baseline, candidate, data, metrics, told)
 
-    def parity(self, reference: Scorer, candidate: Scorer, text: Text) -> float:
-        return parity(reference, candidate, [window[:_PARITY_TOKENS] for window in text[:_PARITY_WINDOWS]])
+    def parity(self, reference: Scorer, candidate: Scorer, data: Text) -> float:
+        return parity(reference, candidate, [window[:_PARITY_TOKENS] for window in data[:_PARITY_WINDOWS]])
 
-    def time(self, arms: Sequence[GenerationArm], text: Text, settings: Benchmark, told: Told) -> Samples[Run]:
+    def time(self, arms: Sequence[GenerationArm], data: Text, settings: Benchmark, told: Told) -> Samples[Run]:
         workload = Workload(settings.prompt_tokens, settings.output_tokens, settings.blocks, settings.seed)
-        return measure(arms, prompts_of(text, settings.prompt_tokens), workload, told, again=arms[-1].name)
+        return measure(arms, prompts_of(data, settings.prompt_tokens), workload, told, again=arms[-1].name)
 
-    def request(self, text: Text, settings: Benchmark) -> tuple[tuple[int, ...], int]:
-        return prompts_of(text, settings.prompt_tokens)[0], settings.output_tokens
+    def request(self, data: Text, settings: Benchmark) -> dict[str, Any]:
+        return {"prompt": prompts_of(data, settings.prompt_tokens)[0], "output_tokens": settings.output_tokens}
 
     def positions(self, recipe: Recipe) -> int:
         benchmark = recipe.benchmark
         return max(benchmark.prompt_tokens + benchmark.output_tokens, recipe.evaluation.context_length)
 
-    def pieces(self, dataset: Dataset) -> Iterator[str]:
+    def pieces(self, dataset: TextDataset) -> Iterator[str]:
         return dataset.texts()
 
     def tokens(self, evaluation: Evaluation) -> int:
@@ -117,9 +128,14 @@ class Generation(Task[Scorer, GenerationArm]):
         return Demand(
             memory_bytes=3 * window + cache,  # logits of a window exist three times in a metric
             disk_bytes=recipe.evaluation.tokens * card.vocab_size * _FLOAT,
+            evaluation_tokens=recipe.evaluation.tokens,
+            calibration_tokens=calibration_tokens(recipe, card),
             # Two runs a block for the baseline, and about half as long again for both arms of the optimized model.
             benchmark_seconds=3 * recipe.benchmark.blocks * generation,
         )
+
+    def usage(self, artifact: Path) -> str:
+        return f'Next: optkit generate {artifact} "Why is the sky blue?"   or: optkit explain {artifact}'
 
 
 def prompts_of(text: Text, length: int) -> list[tuple[int, ...]]:

@@ -3,14 +3,16 @@
 A relative path inside a recipe is relative to the current directory, as on a command line, not to the recipe's file.
 """
 
-from optkit.recipe.binding import CalibrationText, Evaluation, Recipe, Use, bind_recipe, load_recipe
-from optkit.recipe.keys import Benchmark, Gate, Limit, RecipeKeys
+from optkit.recipe.binding import CalibrationData, Evaluation, Recipe, Use, bind_recipe, load_recipe
+from optkit.recipe.keys import Benchmark, CalibrationKeys, EvaluationKeys, Gate, Limit, RecipeKeys
 from optkit.recipe.schema import recipe_schema
 
 __all__ = [
     "Benchmark",
-    "CalibrationText",
+    "CalibrationData",
+    "CalibrationKeys",
     "Evaluation",
+    "EvaluationKeys",
     "Gate",
     "Limit",
     "Recipe",

@@ -12,13 +12,14 @@ from optkit.batching import Batcher
 from optkit.binding import Document, bind, read
 from optkit.binding.document import Keys, kind_of, spelt
 from optkit.datasets import Dataset
+from optkit.errors import OptkitError
 from optkit.options import Options
 from optkit.plugins import Kind, Plugins
 from optkit.recipe.keys import Benchmark, CalibrationKeys, Gate, RecipeKeys
 from optkit.sources import Source
 from optkit.transforms import Transform
 
-__all__ = ["CalibrationText", "Evaluation", "Recipe", "Use", "bind_recipe", "load_recipe"]
+__all__ = ["CalibrationData", "Evaluation", "Recipe", "Use", "bind_recipe", "load_recipe"]
 
 T = TypeVar("T", bound=Options)
 
@@ -45,10 +46,11 @@ class Evaluation:
     dataset: Use[Dataset]
     tokens: int
     context_length: int
+    images: int
 
 
 @dataclass(frozen=True)
-class CalibrationText:
+class CalibrationData:
     """See `CalibrationKeys`."""
 
     dataset: Use[Dataset]
@@ -67,7 +69,7 @@ class Recipe:
     batching: Use[Batcher]
     max_length: int | None
     kv_cache_tokens: int | None
-    calibration: CalibrationText | None
+    calibration: CalibrationData | None
     """None where no transform runs the model on data."""
     evaluation: Evaluation
     benchmark: Benchmark
@@ -96,10 +98,16 @@ class Recipe:
                 "dataset": self.evaluation.dataset.resolved(),
                 "tokens": self.evaluation.tokens,
                 "context_length": self.evaluation.context_length,
+                "images": self.evaluation.images,
             },
             "benchmark": self.benchmark.model_dump(mode="json"),
             "gates": None if self.gates is None else [_written(gate) for gate in self.gates],
         }
+
+    def placed(self, error: OptkitError, *keys: str | int) -> OptkitError:
+        """The same error with its place in the recipe before the file that it names."""
+        what = f"{error.where}: {error.what}" if error.where else error.what
+        return type(error)(what, where=self.document.where(*keys), found=error.found, remedy=error.remedy)
 
 
 def _written(gate: Gate) -> dict[str, Any]:
@@ -135,6 +143,7 @@ def bind_recipe(document: Document, plugins: Plugins) -> Recipe:
             _use("dataset", keys.evaluation.dataset, document, plugins, "evaluation", "dataset"),
             keys.evaluation.tokens,
             keys.evaluation.context_length,
+            keys.evaluation.images,
         ),
         benchmark=keys.benchmark,
         gates=keys.gates,
@@ -151,7 +160,7 @@ def _name_of(path: str) -> str:
 
 def _calibration(
     keys: RecipeKeys, transforms: tuple[Use[Transform], ...], document: Document, plugins: Plugins
-) -> CalibrationText | None:
+) -> CalibrationData | None:
     if not any(use.options.calibration for use in transforms):
         if keys.calibration is not None:
             what = "no transform of this recipe runs the model on data"
@@ -159,7 +168,7 @@ def _calibration(
         return None
     asked = keys.calibration or CalibrationKeys()
     dataset = _use("dataset", asked.dataset, document, plugins, "calibration", "dataset")
-    return CalibrationText(dataset, asked.samples, asked.sequence_length)
+    return CalibrationData(dataset, asked.samples, asked.sequence_length)
 
 
 def _use(kind: Kind, node: Any, document: Document, plugins: Plugins, *keys: str | int) -> Use[Any]:

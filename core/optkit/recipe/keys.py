@@ -84,7 +84,8 @@ class Gate(Options):
 class Benchmark(Options):
     """How speed is measured: prompt and output lengths of a run, and how often it is repeated.
 
-    An encoder embeds the evaluation text; it has no prompt and no output tokens.
+    An encoder embeds the evaluation text, an image classifier reads the evaluation images; they have no prompt and no
+    output tokens.
     """
 
     prompt_tokens: int = Field(default=128, ge=1)
@@ -98,27 +99,31 @@ class Benchmark(Options):
 
 
 class EvaluationKeys(Options):
-    """How quality is measured: the text, how much of it, and in windows of which length."""
+    """How quality is measured: the data, and how much of it; of text also in windows of which length."""
 
     dataset: Any = "python_reference"
-    """A dataset plugin."""
+    """A dataset plugin: of text, or of images for an image classifier."""
     tokens: int = Field(default=4096, ge=256)
     """Tokens to evaluate; more narrow the interval."""
     context_length: int = Field(default=512, ge=32)
     """Tokens of one window. An encoder reads paragraphs, which are cut at this length."""
+    images: int = Field(default=256, ge=2, le=100_000)
+    """Images that an image classifier is judged by, taken at even distances over the whole dataset, or all if there are
+    fewer."""
 
 
 class CalibrationKeys(Options):
-    """What transforms learn from that run the model on data: text, and never a window that evaluation judges by.
+    """What transforms learn from that run the model on data: never what evaluation judges by.
 
-    Windows that share 32 tokens in a row with the evaluation text are left out, and the others are taken at even
-    distances over the whole dataset. An encoder reads paragraphs.
+    Windows of text that share 32 tokens in a row with the evaluation text are left out, and the others are taken at
+    even distances over the whole dataset. An encoder reads paragraphs. Images are drawn at random, by the same seed
+    every time, and those that are equal to an evaluation image are left out.
     """
 
     dataset: Any = "python_reference"
     """A dataset plugin."""
     samples: int = Field(default=128, ge=1, le=65536)
-    """Windows of text. More cost time and say more."""
+    """Windows of text, or images. More cost time and say more."""
     sequence_length: int = Field(default=512, ge=16)
     """Tokens of one window, at most what the model was trained for. An encoder's paragraphs are cut there."""
 
@@ -137,7 +142,8 @@ class RecipeKeys(Options):
     batching: Any = "static"
     """The batching strategy: a batcher plugin."""
     max_length: int | None = Field(default=None, ge=1)
-    """Tokens of one sequence, prompt and output together; by default what the model was trained for, at most 2048."""
+    """Tokens of one sequence, prompt and output together; by default what the model was trained for, at most 2048.
+    Means nothing for an image classifier."""
     kv_cache_tokens: int | None = Field(default=None, ge=1)
     """Tokens that the KV cache holds for all sequences together; by default what they can use, or what measured free
     memory allows, whichever is less."""
@@ -148,4 +154,5 @@ class RecipeKeys(Options):
     gates: tuple[Gate, ...] | None = None
     """Limits that the result must keep; an empty list means none. By default a causal language model keeps `perplexity`
     within +5% and `decode_tokens_per_second` within -5%, an encoder `embedding_cosine` at 0.95 or more and
-    `sequences_per_second` within -5%."""
+    `sequences_per_second` within -5%, an image classifier `label_agreement` at 0.95 or more and `images_per_second`
+    within -5%."""

@@ -6,21 +6,27 @@ transformers loads it as it is, and sentence-transformers that of a sentence enc
 from optkit.weights.facts import (
     CAUSAL_LM,
     FEATURE_EXTRACTION,
-    causal_lm_tags,
-    holds_encoder,
-    is_encoder,
+    IMAGE_CLASSIFICATION,
+    files_beside,
+    folder_task,
     sentence_files,
+    tags_of,
+    task_tag,
 )
 from optkit.weights.folders import load_folder, quiet_transformers, save_folder
+from optkit.weights.images import ImagePreparation
 
 __all__ = [
     "CAUSAL_LM",
     "FEATURE_EXTRACTION",
-    "causal_lm_tags",
-    "holds_encoder",
-    "is_encoder",
+    "IMAGE_CLASSIFICATION",
+    "ImagePreparation",
+    "files_beside",
+    "folder_task",
     "load_folder",
     "quiet_transformers",
     "save_folder",
     "sentence_files",
+    "tags_of",
+    "task_tag",
 ]

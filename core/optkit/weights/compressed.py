@@ -2,6 +2,8 @@
 
 Integer weights alone are `pack-quantized`; with activations they are `int-quantized`, a byte a weight whatever its
 bits; E4M3 is `float-quantized`. Formats: `compressors/` of compressed-tensors 0.20, and vLLM's schemes for them.
+Convolutions, which it has no compressors for, are stored in the same tensors as `int-quantized` linear layers, their
+weights `[out, in / groups, height, width]`.
 """
 
 from __future__ import annotations
@@ -16,16 +18,18 @@ from optkit.weights.cache import cache_args, cache_scheme_of
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-    from optkit.quantized import QuantizedLinear
+    from optkit.quantized import QuantizedLayer
 
-__all__ = ["quantization_config", "schemes_of", "stored_tags", "tensors_of", "unpacked"]
+__all__ = ["quantization_config", "quantizes_convolutions", "schemes_of", "stored_tags", "tensors_of", "unpacked"]
 
 Format = Literal["pack-quantized", "int-quantized", "float-quantized"]
 Schemes = tuple[WeightScheme, ActivationScheme | None]
+_CONVOLUTION, _CONVOLUTIONS_ENTRY = "Conv2d", "optkit_convolutions"
+_KINDS = {"QuantizedLinear": "Linear", "QuantizedConv2d": _CONVOLUTION}
 _READ = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized", "mixed-precision", "dense")
 
 
-def tensors_of(quantized: Mapping[str, QuantizedLinear]) -> dict[str, Tensor]:
+def tensors_of(quantized: Mapping[str, QuantizedLayer]) -> dict[str, Tensor]:
     """What the folder holds of these layers, by name."""
     formats = _formats(quantized)
     return {
@@ -35,12 +39,12 @@ def tensors_of(quantized: Mapping[str, QuantizedLinear]) -> dict[str, Tensor]:
     }
 
 
-def unpacked(name: str, state: dict[str, Tensor], schemes: Schemes) -> QuantizedLinear:
-    """The layer `name`; its tensors in `state` are replaced by its own."""
+def unpacked(name: str, layer: nn.Linear | nn.Conv2d, state: dict[str, Tensor], schemes: Schemes) -> QuantizedLayer:
+    """What takes the place of the float layer `name`; its tensors in `state` are replaced by its own."""
     import torch
     from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 
-    from optkit.quantized import QuantizedLinear
+    from optkit.quantized import QuantizedConv2d, QuantizedLinear
 
     def taken(key: str) -> Tensor | None:
         return state.pop(f"{name}.{key}", None)
@@ -55,17 +59,19 @@ def unpacked(name: str, state: dict[str, Tensor], schemes: Schemes) -> Quantized
         weight = unpack_from_int32(packed, scheme.bits, shape)
         if zero_point is not None:
             zero_point = unpack_from_int32(zero_point, scheme.bits, scale.shape, packed_dim=0)
-    layer = QuantizedLinear(
-        weight, scale, zero_point, taken("bias"), scheme, activations, taken("input_scale"), taken("input_zero_point")
-    )
+    tensors = weight, scale, zero_point, taken("bias")
+    rounding = activations, taken("input_scale"), taken("input_zero_point")
+    made: QuantizedLayer
+    if isinstance(layer, torch.nn.Conv2d):
+        made = QuantizedConv2d(layer, *tensors, scheme, *rounding)
+    else:
+        made = QuantizedLinear(*tensors, scheme, *rounding)
     # The layer's own tensors are in place; the rest of the state is loaded by name, and expects them there too.
-    state |= {f"{name}.{key}": tensor for key, tensor in layer.state_dict().items()}
-    return layer
+    state |= {f"{name}.{key}": tensor for key, tensor in made.state_dict().items()}
+    return made
 
 
-def quantization_config(
-    module: nn.Module, quantized: Mapping[str, QuantizedLinear], *, at_load: bool
-) -> dict[str, Any]:
+def quantization_config(module: nn.Module, quantized: Mapping[str, QuantizedLayer], *, at_load: bool) -> dict[str, Any]:
     """What `config.json` says of these layers.
 
     Args:
@@ -85,6 +91,7 @@ def quantization_config(
     names: dict[Schemes, list[str]] = defaultdict(list)
     for name, layer in quantized.items():
         names[_schemes(layer)].append(name)
+    kinds = {_KINDS[type(layer).__name__]: None for layer in quantized.values()}
     groups = {}
     for index, ((scheme, activations), layers) in enumerate(names.items()):
         inputs = None
@@ -98,7 +105,7 @@ def quantization_config(
             )
         groups[f"group_{index}"] = QuantizationScheme(
             # One scheme reads best as "every Linear but these"; several need their layers by name.
-            targets=["Linear"] if len(names) == 1 else layers,
+            targets=list(kinds) if len(names) == 1 else layers,
             weights=QuantizationArgs(
                 num_bits=scheme.bits,
                 type=scheme.type,
@@ -115,9 +122,15 @@ def quantization_config(
         kv_cache_scheme=cache_args(module),
         format=used.pop() if len(used) == 1 else "mixed-precision" if formats else "dense",
         quantization_status=QuantizationStatus.COMPRESSED if formats else QuantizationStatus.FROZEN,
-        ignore=[name for name, layer in module.named_modules() if isinstance(layer, torch.nn.Linear)],
+        ignore=[
+            name
+            for name, layer in module.named_modules()
+            if isinstance(layer, torch.nn.Linear) or (_CONVOLUTION in kinds and isinstance(layer, torch.nn.Conv2d))
+        ],
     )
     stored = dict(config.model_dump(mode="json"))
+    if _CONVOLUTION in kinds:
+        stored[_CONVOLUTIONS_ENTRY] = True
     if not formats:
         return stored
     [(scheme, activations), *others] = formats
@@ -128,6 +141,12 @@ def quantization_config(
         # layer with the first scheme: models that have either do without, and sentence-transformers cannot run them.
         stored["dequantize"] = True
     return stored
+
+
+def quantizes_convolutions(config: Mapping[str, Any]) -> bool:
+    """Whether the contents of a `config.json` say that convolutions are quantized too."""
+    stored = config.get("quantization_config") or {}
+    return bool(stored.get(_CONVOLUTIONS_ENTRY))
 
 
 def schemes_of(group: Mapping[str, Any]) -> Schemes:
@@ -167,11 +186,11 @@ def stored_tags(stored: Mapping[str, Any]) -> frozenset[str]:
     )
 
 
-def _schemes(layer: QuantizedLinear) -> Schemes:
+def _schemes(layer: QuantizedLayer) -> Schemes:
     return layer.scheme, layer.activations
 
 
-def _formats(quantized: Mapping[str, QuantizedLinear]) -> dict[Schemes, Format]:
+def _formats(quantized: Mapping[str, QuantizedLayer]) -> dict[Schemes, Format]:
     """The format of each scheme, in the order of its first layer."""
     found = dict.fromkeys(_schemes(layer) for layer in quantized.values())
     # transformers 5.23 reads packed zero points in models of one scheme only (see `quantization_config`); whole ones it
@@ -187,7 +206,7 @@ def _formats(quantized: Mapping[str, QuantizedLinear]) -> dict[Schemes, Format]:
     }
 
 
-def _stored(layer: QuantizedLinear, format: Format) -> dict[str, Tensor]:
+def _stored(layer: QuantizedLayer, format: Format) -> dict[str, Tensor]:
     import torch
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 

@@ -8,38 +8,67 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from optkit.errors import DamagedError
+from optkit.weights.images import preparation_file
 
-__all__ = ["CAUSAL_LM", "FEATURE_EXTRACTION", "causal_lm_tags", "holds_encoder", "is_encoder", "sentence_files"]
+__all__ = [
+    "CAUSAL_LM",
+    "FEATURE_EXTRACTION",
+    "IMAGE_CLASSIFICATION",
+    "files_beside",
+    "folder_task",
+    "sentence_files",
+    "tags_of",
+    "task_tag",
+]
 
 CAUSAL_LM, FEATURE_EXTRACTION = "task:causal-lm", "task:feature-extraction"
+IMAGE_CLASSIFICATION = "task:image-classification"
 """Tasks, by the names of Hugging Face's pipelines; an encoder without a head extracts features."""
 _SENTENCE_FILES = ("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 
 
-def causal_lm_tags(config: Any) -> frozenset[str]:
-    """The tags of an untouched causal language model with this transformers configuration."""
-    return frozenset({CAUSAL_LM, f"arch:{config.model_type}", "weights:float"})
+def tags_of(config: Any) -> frozenset[str]:
+    """The tags of an untouched model with this transformers configuration."""
+    return frozenset({task_tag(config.to_dict()), f"arch:{config.model_type}", "weights:float"})
 
 
-def is_encoder(config: Mapping[str, Any]) -> bool:
-    """Whether the contents of a `config.json` are those of an encoder without a head, such as `BertModel`."""
+def task_tag(config: Mapping[str, Any]) -> str:
+    """The task of the model that the contents of a `config.json` describe, by the name of its architecture.
+
+    `BertModel` is an encoder without a head, `ResNetForImageClassification` classifies images. Whatever is neither
+    counts as a causal language model, which is checked where it is loaded.
+    """
     architectures = config.get("architectures") or [""]
     name = str(architectures[0])
+    if name.endswith("ForImageClassification"):
+        return IMAGE_CLASSIFICATION
     # GPT2LMHeadModel and its like have a head all the same.
     headed = name.endswith(("HeadModel", "HeadsModel"))
-    return name.endswith("Model") and not headed and not config.get("is_encoder_decoder")
+    encoder = name.endswith("Model") and not headed and not config.get("is_encoder_decoder")
+    return FEATURE_EXTRACTION if encoder else CAUSAL_LM
 
 
-def holds_encoder(directory: Path) -> bool:
+def folder_task(directory: Path) -> str:
     """The same for the model in a folder.
 
     Raises:
         DamagedError: its `config.json` cannot be read.
     """
     try:
-        return is_encoder(json.loads((directory / "config.json").read_text(encoding="utf-8")))
+        return task_tag(json.loads((directory / "config.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, AttributeError, TypeError, LookupError) as error:
         raise DamagedError(f"not readable JSON ({error})", where=str(directory / "config.json")) from error
+
+
+def files_beside(folder: Path, task: str) -> dict[str, str]:
+    """The text files in a folder that its model is used with, by path; see `optkit.model.Model.files`.
+
+    Raises:
+        DamagedError: as `sentence_files`; or nothing says how images become the numbers that a classifier reads.
+    """
+    if task == FEATURE_EXTRACTION:
+        return sentence_files(folder)
+    return preparation_file(folder) if task == IMAGE_CLASSIFICATION else {}
 
 
 def sentence_files(folder: Path) -> dict[str, str]:

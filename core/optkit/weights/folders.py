@@ -13,7 +13,7 @@ from optkit.model import Model
 from optkit.schemes import SHAPES_ENTRY
 from optkit.weights.cache import restore_cache
 from optkit.weights.compressed import quantization_config, schemes_of, stored_tags, tensors_of, unpacked
-from optkit.weights.facts import CAUSAL_LM, FEATURE_EXTRACTION, causal_lm_tags, is_encoder, sentence_files
+from optkit.weights.facts import FEATURE_EXTRACTION, IMAGE_CLASSIFICATION, files_beside, tags_of, task_tag
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +33,7 @@ def save_folder(model: Model, directory: Path) -> None:
     """Write `model` into `directory`, tokenizer included. The folder holds no code and no pickle.
 
     Raises:
-        OptkitError: a convolution is quantized, for which there is no format.
+        OptkitError: a convolution has integer weights and float activations, for which there is no format.
     """
     from huggingface_hub import save_torch_state_dict
 
@@ -44,9 +44,9 @@ def save_folder(model: Model, directory: Path) -> None:
     quiet_transformers()
     module: Any = model.module
     for name, part in module.named_modules():
-        if isinstance(part, QuantizedConv2d):
-            remedy = "compile it with the onnxruntime backend, which stores convolutions in its graph"
-            raise OptkitError("a weights folder has no format for quantized convolutions", where=name, remedy=remedy)
+        if isinstance(part, QuantizedConv2d) and part.activations is None:
+            what, remedy = "of a convolution weights alone cannot be integers", "quantize its activations too"
+            raise OptkitError(f"a weights folder has no format for it: {what}", where=name, remedy=remedy)
     directory.mkdir(parents=True, exist_ok=True)
     quantized = dict(quantized_layers(module))
     state = {name: tensor for name, tensor in module.state_dict().items() if name.rpartition(".")[0] not in quantized}
@@ -108,19 +108,20 @@ def load_folder(directory: Path, *, tags: frozenset[str] | None = None) -> Model
         ) from error
     except (ValueError, KeyError, RuntimeError, OSError, TypeError, SafetensorError) as error:
         raise DamagedError(f"cannot be loaded: {error}", where=str(directory)) from error
-    encoder = is_encoder(config.to_dict())
-    beside = sentence_files(directory) if encoder else {}
     if tags is None:
-        tags = causal_lm_tags(module.config)
-        tags = tags - {CAUSAL_LM} | {FEATURE_EXTRACTION} if encoder else tags
-        tags |= {"shape:pruned"} if hasattr(config, SHAPES_ENTRY) else set()
+        tags = tags_of(config) | ({"shape:pruned"} if hasattr(config, SHAPES_ENTRY) else set())
+    beside = files_beside(directory, task_tag(config.to_dict()))
     return Model(module.eval().requires_grad_(False), tokenizer, tags, beside)
 
 
 def _auto_class(config: Any) -> Any:
     import transformers
 
-    return transformers.AutoModel if is_encoder(config.to_dict()) else transformers.AutoModelForCausalLM
+    classes: dict[str, Any] = {
+        FEATURE_EXTRACTION: transformers.AutoModel,
+        IMAGE_CLASSIFICATION: transformers.AutoModelForImageClassification,
+    }
+    return classes.get(task_tag(config.to_dict()), transformers.AutoModelForCausalLM)
 
 
 def _load_float(directory: Path, config: Any) -> Any:
@@ -149,7 +150,7 @@ def _load_own(directory: Path, config: Any) -> Any:
     if stored is not None:
         _unpack(module, state, stored)
     missing, unexpected = module.load_state_dict(state, strict=False, assign=True)
-    tied = getattr(module, "all_tied_weights_keys", {}) if module.config.tie_word_embeddings else {}
+    tied = getattr(module, "all_tied_weights_keys", {}) if getattr(module.config, "tie_word_embeddings", False) else {}
     lacking = [name for name in missing if name not in tied]
     if lacking or unexpected:
         raise ValueError(f"tensors do not fit the configuration: missing {lacking[:3]}, unexpected {unexpected[:3]}")
@@ -180,12 +181,13 @@ def _unpack(module: Any, state: dict[str, Tensor], described: Mapping[str, Any])
     layers = dict(module.named_modules())
     for name in sorted(key.removesuffix(".weight_scale") for key in state if key.endswith(".weight_scale")):
         layer = layers.get(name)
-        if not isinstance(layer, torch.nn.Linear):
-            raise ValueError(f"{name} is quantized, and no linear layer")
+        if not isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
+            raise ValueError(f"{name} is quantized, and no linear layer or convolution")
         group = next((key for key, group in stored.config_groups.items() if is_match(name, layer, group.targets)), None)
         if group is None:
             raise ValueError(f"no config group of quantization_config names {name}")
-        replace_module(module, name, unpacked(name, state, schemes_of(groups["config_groups"][group])))
+        schemes = schemes_of(groups["config_groups"][group])
+        replace_module(module, name, unpacked(name, layer, state, schemes))
     if stored.kv_cache_scheme is not None:
         restore_cache(module, state, groups["kv_cache_scheme"])
 

@@ -104,7 +104,7 @@ def test_a_gate_on_what_nothing_can_measure_is_refused_before_the_work(desk, nee
     plugins = Plugins.load(third_party=False)
     plugins.register(Offers(), "odd ones")
     recipe = load_recipe(desk.recipe(gates=[{"metric": "odd", "at_most": 1}]), plugins)
-    with pytest.raises(RecipeError, match=r"recipe\.yaml:\d+:\d+: gates\[0\]: odd is no metric of tokens"):
+    with pytest.raises(RecipeError, match=r"recipe\.yaml:\d+:\d+: gates\[0\]: odd is no metric of quality"):
         make_plan(recipe, plugins)
     make_plan(load_recipe(desk.recipe(), plugins), plugins)  # installed but not named, it is in nobody's way
 

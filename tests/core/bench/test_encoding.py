@@ -13,7 +13,7 @@ from optkit.bench import (
     SessionEncodingArm,
     TransformersEncodingArm,
     compare,
-    measure_encoding,
+    measure_passes,
 )
 from optkit.builtin.speed import SequencesPerSecond
 from optkit.errors import DamagedError, MachineError
@@ -59,7 +59,7 @@ def test_the_baseline_runs_batches_of_32_longest_first(tiny_bert, monkeypatch):
 def test_arms_take_turns_and_are_compared(tiny_bert, session_arm):
     arms = [TransformersEncodingArm(tiny_bert(), "theirs"), session_arm]
     work = EncodingWorkload(70, TOKENS, 5)
-    samples = measure_encoding(arms, SEQUENCES, work, lambda *_: None, again="ours")
+    samples = measure_passes(arms, SEQUENCES, work, lambda *_: None, again="ours")
     assert samples.arms == ("theirs", "ours", "ours (again)")
     assert len(samples.samples) == 5 * 2 * 3
     [figure] = compare(samples, {"sequences_per_second": SequencesPerSecond()}, "theirs")
@@ -93,7 +93,7 @@ class Scripted(EncodingArm):
 )
 def test_speed_is_withheld_where_the_work_differs(run, words):
     arms = [Scripted("slow", EncodingRun(3, 9, 2.0)), Scripted("fast", run)]
-    samples = measure_encoding(arms, [(1,)], EncodingWorkload(3, 9, 5), lambda *_: None)
+    samples = measure_passes(arms, [(1,)], EncodingWorkload(3, 9, 5), lambda *_: None)
     [figure] = compare(samples, {"rate": SequencesPerSecond()}, "slow")
     assert figure.withheld == words
     assert [arm.closed for arm in arms] == [1, 1]
@@ -101,7 +101,7 @@ def test_speed_is_withheld_where_the_work_differs(run, words):
 
 def test_a_ratio_is_that_of_the_seconds():
     arms = [Scripted("slow", EncodingRun(3, 9, 2.0)), Scripted("fast", EncodingRun(3, 9, 0.5))]
-    samples = measure_encoding(arms, [(1,)], EncodingWorkload(3, 9, 5), lambda *_: None, again="fast")
+    samples = measure_passes(arms, [(1,)], EncodingWorkload(3, 9, 5), lambda *_: None, again="fast")
     [figure] = compare(samples, {"rate": SequencesPerSecond()}, "slow")
     assert (figure.baseline, figure.value, figure.ratio.value) == pytest.approx((1.5, 6.0, 4.0))
     assert figure.verdict == "better"

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optkit.bench import Arm, Workload, measure
+from optkit.bench import GenerationArm, Workload, measure
 from optkit.errors import RecipeError
 from optkit.metrics import Run
 
 PROMPTS = [(1, 2, 3, 4), (5, 6, 7, 8), (9, 10, 11, 12)]
 
 
-class ScriptedArm(Arm):
+class ScriptedArm(GenerationArm):
     """Answers at once with the times of its script, and keeps a diary in a list that arms share."""
 
     def __init__(self, name, diary, seconds=0.1, fail_at=None, error=KeyboardInterrupt):

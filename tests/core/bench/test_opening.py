@@ -18,6 +18,7 @@ from optkit.plugins import Plugins
 from optkit.steps import Limits
 
 PROMPT = (7, 42, 99, 5, 300)
+REQUEST = {"prompt": PROMPT, "output_tokens": 3}
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def test_an_artifact_opens_as_a_session_with_its_batcher(artifact, plugins):
 def test_peak_memory_is_that_of_a_process_of_its_own(recipe, artifact, plugins, files):
     opening = opening_of(artifact) if files else Opening(recipe, None)
     ballast = bytearray(os.urandom(1024)) * (1 << 20)  # 1 GiB here is nothing to the other process
-    measured = peak_memory(opening, plugins, PROMPT, 3)
+    measured = peak_memory(opening, plugins, REQUEST)
     assert len(ballast) == 1 << 30
     # More than Python with torch in it needs at the least, and less than our ballast.
     assert 100e6 < measured < 1 << 30
@@ -98,13 +99,13 @@ def test_errors_of_the_measuring_process_arrive_as_what_they_are(recipe, plugins
     with pytest.raises(MissingError) as here:
         open_arm(gone, plugins, "here")
     with pytest.raises(MissingError) as there:
-        peak_memory(gone, plugins, PROMPT, 3)
+        peak_memory(gone, plugins, REQUEST)
     assert str(there.value) == str(here.value)
 
 
 def test_a_crash_of_the_measuring_process_is_a_bug_with_its_last_word(recipe, plugins):
     with pytest.raises(OptkitError, match=r"ended with code 1: TypeError: ") as raised:
-        peak_memory(Opening(recipe, None), plugins, PROMPT, "three")
+        peak_memory(Opening(recipe, None), plugins, {**REQUEST, "output_tokens": "three"})
     assert raised.value.exit_code == 70
 
 

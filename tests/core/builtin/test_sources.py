@@ -80,7 +80,7 @@ def test_what_is_no_model_is_refused_in_plain_words(folder, tmp_path):
         (
             {"architectures": ["BertForMaskedLM"]},
             RecipeError,
-            "is no causal language model and no encoder, found 'Bert",
+            "is no causal language model, encoder or image classifier, found 'Bert",
         ),
         ({"hidden_size": None}, DamagedError, "config.json is incomplete"),
     ):

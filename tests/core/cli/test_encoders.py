@@ -154,7 +154,7 @@ def published(folder, tags):
         ("generate made/eight Hello", "made/eight: is no causal language model; optkit.Encoder runs an encoder"),
         (
             "explain made/eight --batch-size 99",
-            "made/eight: holds fewer sequences, found 99; give --batch-size 8 or less",
+            "made/eight: holds fewer at once, found 99; give --batch-size 8 or less",
         ),
         (
             "bench made/eight --prompt-tokens 8",

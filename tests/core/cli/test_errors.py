@@ -16,6 +16,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 GOLDEN = Path(__file__).with_name("errors")
 UPDATE = os.environ.get("OPTKIT_UPDATE_GOLDEN") == "1"
@@ -78,6 +79,35 @@ def changed_config(desk, folder, **changes):
 
 def encoder(desk, tiny_encoder):
     shutil.copytree(tiny_encoder, desk / "encoder")
+
+
+def classifier(desk, tiny_classifier):
+    """With images whose classes are 5 and 6."""
+    shutil.copytree(tiny_classifier, desk / "classifier")
+    for label in "56":
+        (desk / "images" / label).mkdir(parents=True)
+        Image.new("L", (9, 5)).save(desk / "images" / label / "a.png")
+
+
+def unreadable_image(desk, tiny_classifier):
+    classifier(desk, tiny_classifier)
+    (desk / "images/6/b.png").write_bytes(b"no image at all")
+
+
+def image_of_another_class(desk, tiny_classifier):
+    classifier(desk, tiny_classifier)
+    (desk / "images/6").rename(desk / "images/eleven")
+
+
+def no_images(desk, tiny_classifier):
+    classifier(desk, tiny_classifier)
+    shutil.rmtree(desk / "images")
+    (desk / "images/6").mkdir(parents=True)
+
+
+def without_processor(desk, tiny_classifier):
+    classifier(desk, tiny_classifier)
+    (desk / "classifier/preprocessor_config.json").unlink()
 
 
 def weighted_mean(desk, tiny_encoder):
@@ -182,6 +212,12 @@ PREPARE = {
     "gate-of-another-task": encoder,
     "prompt-for-an-encoder": encoder,
     "pooling-that-optkit-does-not-have": weighted_mean,
+    "classifier-without-image-processor": without_processor,
+    "image-of-another-class": image_of_another_class,
+    "image-unreadable": unreadable_image,
+    "images-for-a-language-model": classifier,
+    "no-images": no_images,
+    "text-for-an-image-classifier": classifier,
     "gguf-truncated": truncated_gguf,
     "gguf-cut-short": gguf_without_its_end,
     "model-quantized-already": packed,
@@ -257,7 +293,7 @@ COMMANDS = {
 }
 
 # These are found out only when the work has begun: they say so below their progress, and finished steps stay.
-LATE = {"too-little-text-in-tokens"}
+LATE = {"image-unreadable", "too-little-text-in-tokens"}
 # Standard error also names the plugin that did not load.
 NAMED_FIRST = {"plugin-not-loaded"}
 

@@ -278,7 +278,7 @@ def test_what_opening_meets_is_raised_here(scripted, scripted_encoder, scripted_
     (damaged / "weights/config.json").write_text("{}")
     cases = [
         (WorkerTensors(scripted()), RecipeError, r"is a causal language model; optkit\.WorkerEngine runs it"),
-        (WorkerEngine(scripted_tensors()), RecipeError, r"is no causal language model; optkit\.Encoder runs an"),
+        (WorkerEngine(scripted_tensors()), RecipeError, r"is no causal language model; optkit\.WorkerTensors runs it"),
         (WorkerTensors(scripted_encoder(**chunks)), RecipeError, "Continuous gives a model of one step 16 of 32"),
         (WorkerTensors(damaged), DamagedError, r"config\.json"),
     ]

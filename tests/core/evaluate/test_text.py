@@ -7,12 +7,12 @@ from typing import ClassVar
 import pytest
 
 from optkit.builtin.texts import PythonReference
-from optkit.datasets import Dataset
+from optkit.datasets import TextDataset
 from optkit.errors import RecipeError
 from optkit.evaluate import every_window, held_out, paragraphs, sequences, windows
 
 
-class Words(Dataset):
+class Words(TextDataset):
     """Documents of some words each."""
 
     documents: ClassVar[int] = 12
@@ -73,7 +73,7 @@ def test_the_reference_text_of_python_is_long_enough_to_evaluate_on(tiny_tokeniz
     assert len(windows(tiny_tokenizer, PythonReference(), 16_384, 512)) == 32
 
 
-class Pages(Dataset):
+class Pages(TextDataset):
     """Documents of paragraphs."""
 
     def texts(self):

@@ -22,9 +22,9 @@ from optkit.quantized import QuantizedConv2d, QuantizedLinear, quantized_layers,
 from optkit.schemes import ActivationScheme, WeightScheme
 from optkit.steps import Limits, TensorSpec
 from optkit.transforms import TransformContext
-from optkit.weights import load_folder, save_folder
+from optkit.weights import FEATURE_EXTRACTION, load_folder, save_folder
 from optkit_backends.onnxruntime import DYNAMIC_TOLERANCE, STATIC_TOLERANCE, OnnxRuntime
-from optkit_backends.onnxruntime.export import compile_encoder, compile_tensors
+from optkit_backends.onnxruntime.export import compile_model, compile_tensors
 from optkit_backends.onnxruntime.layers import exportable
 from optkit_backends.onnxruntime.loading import load
 from optkit_backends.onnxruntime.tensors import OnnxTensorSession
@@ -152,7 +152,7 @@ def test_masks_that_hide_more_than_padding_are_added_to_the_scores(tmp_path):
     # The second layer sees four tokens at a time.
     windows = {"global_attn_every_n_layers": 2, "local_attention": 4}
     module = ModernBertModel(ModernBertConfig(**sizes, **tokens, **windows)).eval().requires_grad_(False)
-    compile_encoder(module, tmp_path, accuracy_level=4, block_size=64)
+    compile_model(Model(module, None, frozenset({FEATURE_EXTRACTION})), tmp_path, accuracy_level=4, block_size=64)
     ids = RANDOM.integers(10, 300, size=(3, 20))
     inputs = {"input_ids": ids, "attention_mask": holes(np.ones_like(ids))}
     with OnnxTensorSession(tmp_path, threads=1, spin=False) as session:
@@ -336,7 +336,7 @@ def test_linear_layers_without_a_kernel_are_named(scheme, activations, why, tiny
     layer = QuantizedLinear(torch.zeros(32, 32, dtype=torch.int8), scale, None, None, scheme, activations, *input)
     replace_module(module, "pooler.dense", layer)
     with pytest.raises(RecipeError, match=rf"pooler\.dense: .*{why}"):
-        compile_encoder(module, tmp_path, accuracy_level=4, block_size=64)
+        compile_model(Model(module, None, frozenset({FEATURE_EXTRACTION})), tmp_path, accuracy_level=4, block_size=64)
 
 
 def convolution(symmetric=True, activations=None, input=(), **options):

@@ -16,6 +16,7 @@ from optkit.backends import EngineSession
 from optkit.builtin.gguf import GGUF
 from optkit.builtin.huggingface import HuggingFace
 from optkit.builtin.texts import PythonReference
+from optkit.calibration import Calibration
 from optkit.engine.loop import Engine
 from optkit.engine.request import Request, SamplingParams
 from optkit.engine.streaming import StreamingEngine
@@ -30,6 +31,7 @@ from optkit_quantize.int8_dynamic import Int8Dynamic
 from optkit_quantize.int8_static import Int8Static
 from optkit_quantize.rtn import RTN
 from tests.calibrating import context, texts
+from tests.picturing import LEARNT, pixels, save, taught
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -90,6 +92,26 @@ def language_model(request, smollm2, tmp_path_factory):
 def encoder(request, minilm, tmp_path_factory):
     folder = tmp_path_factory.mktemp("encoder")
     return prepared(HuggingFace(model=str(minilm)).load, request.param, folder, 128, 6)
+
+
+@pytest.fixture(scope="module")
+def digits_classifier(tmp_path_factory):
+    """The folder of a small ResNet that has learnt scikit-learn's digits."""
+    folder = tmp_path_factory.mktemp("digits")
+    save(taught(), folder)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["float", "int8 channel", "int8 static convolutions"])
+def classifier(request, digits_classifier, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("classifier")
+    model = HuggingFace(model=str(digits_classifier)).load()
+    transform = FORMATS.get(request.param, Int8Static(targets=("Conv2d", "Linear")))
+    if transform is not None:
+        data = Calibration(tuple({"pixel_values": rows} for rows in pixels(0, 64).split(8)))
+        model = transform.apply(model, context(data))
+    save_folder(model, folder)
+    return Prepared(request.param, model, folder, [])
 
 
 def compiled(name: str, made: Prepared, folder: Path) -> tuple[Any, float]:
@@ -165,3 +187,14 @@ def test_an_encoder_gives_its_own_hidden_states(encoder, name, tmp_path):
         with torch.inference_mode():
             wanted = encoder.model.module(input_ids=torch.tensor([ids])).last_hidden_state[0].numpy()
         assert distance(row[: len(ids)], wanted) <= tolerance
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_an_image_classifier_gives_its_own_logits(classifier, name, tmp_path):
+    backend, tolerance = compiled(name, classifier, tmp_path / "runtime")
+    with backend.open(tmp_path / "runtime", classifier.weights, Limits(8, 1)) as session:
+        for rows in (1, 5):
+            given = pixels(LEARNT, LEARNT + rows)
+            with torch.inference_mode():
+                wanted = classifier.model.module(pixel_values=given).logits.numpy()
+            assert distance(session.run({"pixel_values": given.numpy()})["logits"], wanted) <= tolerance

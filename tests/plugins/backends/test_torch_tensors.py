@@ -39,10 +39,11 @@ def test_a_padded_batch_is_its_sequences_alone(tiny_bert, tmp_path, bits):
         np.testing.assert_allclose(row[: len(ids)], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_it_lowers_encoders_and_no_other_tasks():
-    assert "task:feature-extraction" not in Torch().lowering(frozenset({"task:feature-extraction", "weights:float"}))
-    lowered = Torch().lowering(frozenset({"task:image-classification", "weights:float"}))
-    assert not lowered["task:image-classification"].possible
+def test_it_lowers_models_of_one_call_and_no_other_tasks():
+    for task in ("task:feature-extraction", "task:image-classification"):
+        assert task not in Torch().lowering(frozenset({task, "weights:float"}))
+    lowered = Torch().lowering(frozenset({"task:token-classification", "weights:float"}))
+    assert not lowered["task:token-classification"].possible
 
 
 def test_a_damaged_configuration_is_named(tmp_path):

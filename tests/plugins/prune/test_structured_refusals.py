@@ -18,7 +18,7 @@ from tests.plugins.prune.test_structured import IMPORTANCES, card, pruned
         ({"ratio": 0.05}, "ratio removes none of the 128 of ffn model.layers.0, in steps of 32, found 0.05"),
         ({"ratio": 0.95}, "ratio leaves none of the 128 of ffn model.layers.0"),
         ({"parts": ("heads",), "ratio": 0.4}, "no whole number of the 2 heads of each KV head, found 0.4; choose 0.5"),
-        ({"parts": ("channels",), "ratio": 0.5}, "channels: are those of convolutions"),
+        ({"parts": ("channels",), "ratio": 0.5}, "channels: the model has no convolutions"),
         ({"parameters": "1%"}, r"parameters: with the least of ffn it keeps \d+%"),
         ({"parameters": "1B"}, "parameters: the model has 115008 already, found '1B'"),
         (

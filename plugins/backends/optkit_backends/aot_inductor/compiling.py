@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from optkit.model import Model
 from optkit_backends.aot_inductor.files import PACKAGE, PackagedDecoder, PackagedTensors, load, made_here
 from optkit_backends.graphs.checking import check_sizes
 from optkit_backends.graphs.decoder import OTHER_SIZES, DecoderGraph
@@ -17,7 +18,7 @@ from optkit_backends.graphs.exporting import exported, impossible
 from optkit_backends.graphs.inductor import OPTIONS, keeping_in, quiet
 from optkit_backends.graphs.tensors import TensorGraph
 
-__all__ = ["compile_decoder", "compile_encoder", "compile_tensors"]
+__all__ = ["compile_decoder", "compile_model", "compile_tensors"]
 
 
 def compile_decoder(module: Any, directory: Path) -> None:
@@ -36,17 +37,17 @@ def compile_decoder(module: Any, directory: Path) -> None:
     _check(graph.step, facts, (graph.inputs(sizes) for sizes in OTHER_SIZES), graph.name, directory)
 
 
-def compile_encoder(module: Any, directory: Path) -> None:
-    """Write the package of a transformers encoder, and its facts; see `TensorGraph.encoder`.
+def compile_model(model: Model, directory: Path) -> None:
+    """Write the package of a transformers model that answers in one call, and its facts.
 
     Args:
-        module: an encoder without a head. It stays as it is.
+        model: see `optkit_backends.positional.call_of`. It stays as it is.
         directory: exists and is empty.
 
     Raises:
         RecipeError: something of it cannot be exported or compiled.
     """
-    _compile(TensorGraph.encoder(module), directory)
+    _compile(TensorGraph.of_model(model), directory)
 
 
 def compile_tensors(

@@ -17,7 +17,7 @@ __all__ = ["AOTInductorTensorSession"]
 
 
 class AOTInductorTensorSession(GraphTensorSession):
-    """Runs what `compile_encoder` or `compile_tensors` wrote; see `optkit.backends.TensorSession`.
+    """Runs what `compile_model` or `compile_tensors` wrote; see `optkit.backends.TensorSession`.
 
     Raises:
         DamagedError: a file is missing, cut short, or not what was written.

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 
 from optkit.backends import Lowering
-from optkit.weights import CAUSAL_LM, FEATURE_EXTRACTION
+from optkit_backends.tasks import other_task
 
 __all__ = ["graph_lowering"]
 
@@ -29,10 +29,7 @@ def graph_lowering(tags: frozenset[str], linear: str, dequantized: str) -> Mappi
     }
     lowered |= {tag: _activations(tag) for tag in sorted(tags) if tag.startswith("activations:")}
     lowered |= {tag: _cache(tag) for tag in sorted(tags) if tag.startswith("kv:")}
-    if not tags & {CAUSAL_LM, FEATURE_EXTRACTION}:
-        task = next((tag for tag in sorted(tags) if tag.startswith("task:")), "task:unknown")
-        lowered[task] = _impossible("only causal language models and encoders run on it")
-    return lowered
+    return lowered | other_task(tags)
 
 
 def _weights(tag: str, linear: str, dequantized: str) -> Lowering:

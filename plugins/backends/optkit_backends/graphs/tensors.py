@@ -1,4 +1,4 @@
-"""Encoders, and any other module of one call, as functions of tensors by position."""
+"""Models of one call, and any other module of one, as functions of tensors by position."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from optkit.errors import RecipeError
-from optkit_backends.positional import Positional, TextEncoder, outputs_of, shallow_copy, text_example
+from optkit.model import Model
+from optkit_backends.positional import Positional, call_of, outputs_of, shallow_copy
 from optkit_backends.torch.dense import make_dense
 
 __all__ = ["Described", "TensorGraph"]
@@ -33,15 +34,10 @@ class TensorGraph:
     """The axes of each input whose size may change."""
 
     @classmethod
-    def encoder(cls, module: Any) -> Self:
-        """A transformers encoder without a head, which stays as it is.
-
-        Inputs are `input_ids` and `attention_mask` `[batch, tokens]` int64, the output is `last_hidden_state`
-        `[batch, tokens, hidden]` float32.
-        """
-        example = text_example()
-        sizes = dict.fromkeys(example, (0, 1))
-        return cls._of(TextEncoder(shallow_copy(module)), type(module).__name__, example, ["last_hidden_state"], sizes)
+    def of_model(cls, model: Model) -> Self:
+        """A transformers model that answers in one call, which stays as it is; see `call_of`."""
+        call, name = call_of(model), type(model.module).__name__
+        return cls._of(call.around(shallow_copy(model.module)), name, call.example, list(call.outputs), call.dynamic)
 
     @classmethod
     def of(

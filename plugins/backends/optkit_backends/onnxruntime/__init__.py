@@ -15,7 +15,8 @@ from pydantic import Field
 from optkit.backends import Backend, Lowering, TensorSession, TokenSession
 from optkit.model import Model, ModelCard
 from optkit.steps import Limits
-from optkit.weights import CAUSAL_LM, FEATURE_EXTRACTION
+from optkit.weights import IMAGE_CLASSIFICATION
+from optkit_backends.tasks import ONE_CALL, other_task
 
 __all__ = ["CPU", "OnnxRuntime", "kernel_name"]
 
@@ -42,7 +43,8 @@ class OnnxRuntime(Backend):
     embedding is stored once. Weights lie in huge pages where Linux gives them on request. What it gains is measured in
     `benchmarks/quickstart.json`, and beside onnxruntime-genai in `benchmarks/cpu_lm/cpu_lm.json`.
 
-    Encoders come from torch's own exporter, of any architecture that it can express; their attention is one operator.
+    Encoders and image classifiers come from torch's own exporter, of any architecture that it can express; an encoder's
+    attention is one operator.
     Batches of about 512 tokens run fastest, for what a layer passes to the next stays in the cache (`max_batch_tokens`
     of `bucketed`). Int8 activations, static or by token, are multiplied as integers, exactly on every processor.
     Weights of 8 bits run in kernels that cannot saturate; on x86 without VNNI those take half as long again as the ones
@@ -110,19 +112,18 @@ class OnnxRuntime(Backend):
         return {tag: replace(found, kernel=found.kernel and found.kernel + where) for tag, found in lowered.items()}
 
     def _lowering(self, tags: frozenset[str]) -> Mapping[str, Lowering]:
-        encoder = FEATURE_EXTRACTION in tags
-        rounded = encoder and any(tag.startswith("activations:int8-") for tag in tags)
-        weights = self._integer_product if rounded else self._encoder_weights if encoder else self._weights
+        exported = bool(tags & ONE_CALL)
+        rounded = exported and any(tag.startswith("activations:int8-") for tag in tags)
+        weights = self._integer_product if rounded else self._exported_weights if exported else self._weights
         lowered = {tag: weights(tag) for tag in sorted(tags) if tag.startswith("weights:")}
-        activations = _activations if encoder else self._activations
+        activations = _activations if exported else self._activations
         lowered |= {tag: activations(tag) for tag in sorted(tags) if tag.startswith("activations:")}
         lowered |= {tag: _cache(tag) for tag in sorted(tags) if tag.startswith("kv:")}
-        lowered |= {
-            tag: _impossible("only causal language models and encoders run on it")
-            for tag in sorted(tags)
-            if tag.startswith("task:") and tag not in (CAUSAL_LM, FEATURE_EXTRACTION)
-        }
-        if encoder:
+        lowered |= other_task(tags)
+        if IMAGE_CLASSIFICATION in tags:
+            kernels = {INTEGER_PRODUCT: f"QLinearConv, ConvInteger, {INTEGER_PRODUCT}"}
+            return {tag: replace(how, kernel=kernels.get(how.kernel, how.kernel)) for tag, how in lowered.items()}
+        if exported:
             return lowered
         return lowered | {
             tag: _impossible(f"its graphs are of {', '.join(ARCHITECTURES)}")
@@ -138,7 +139,7 @@ class OnnxRuntime(Backend):
             return _impossible("its integer products need int weights with one scale for each output channel")
         return Lowering(INTEGER_PRODUCT, native=True, tolerance=STATIC_TOLERANCE)
 
-    def _encoder_weights(self, tag: str) -> Lowering:
+    def _exported_weights(self, tag: str) -> Lowering:
         if self.accuracy_level == 4 and tag in ("weights:int8-channel", "weights:int8-channel-asym"):
             reason = "rounds the input to int8 by the scale of each token; accuracy_level 1 keeps it float32"
             return Lowering(INTEGER_PRODUCT, native=True, tolerance=DYNAMIC_TOLERANCE, reason=reason)
@@ -175,12 +176,15 @@ class OnnxRuntime(Backend):
         return 2 * weight_bytes
 
     def compile(self, model: Model, directory: Path) -> None:
-        if FEATURE_EXTRACTION in model.tags:
-            from optkit_backends.onnxruntime.export import compile_encoder as compile_module
+        how = {"accuracy_level": self.accuracy_level, "block_size": self.block_size}
+        if model.tags & ONE_CALL:
+            from optkit_backends.onnxruntime.export import compile_model
+
+            compile_model(model, directory, **how)
         else:
             from optkit_backends.onnxruntime.graph import compile_module
 
-        compile_module(model.module, directory, accuracy_level=self.accuracy_level, block_size=self.block_size)
+            compile_module(model.module, directory, **how)
 
     def open(self, runtime: Path, weights: Path, limits: Limits) -> TokenSession | TensorSession:
         from optkit import hardware

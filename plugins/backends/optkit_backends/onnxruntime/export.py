@@ -16,15 +16,17 @@ from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNod
 from torch import Tensor, nn
 
 from optkit.errors import RecipeError
+from optkit.model import Model
 from optkit.quantized import QuantizedLayer, replace_module
+from optkit.weights import FEATURE_EXTRACTION
 from optkit_backends.onnxruntime.attention import FUSED
 from optkit_backends.onnxruntime.convolutions import settle
 from optkit_backends.onnxruntime.files import GRAPH, WEIGHTS, TensorFacts
 from optkit_backends.onnxruntime.layers import exportable
 from optkit_backends.onnxruntime.trace import PRODUCTS
-from optkit_backends.positional import Positional, TextEncoder, outputs_of, shallow_copy, text_example
+from optkit_backends.positional import Positional, call_of, outputs_of, shallow_copy
 
-__all__ = ["compile_encoder", "compile_tensors"]
+__all__ = ["compile_model", "compile_tensors"]
 
 # ONNX Runtime ran MiniLM faster as opset 20 than as 23, whose attention it has no fusions for.
 OPSET = 20
@@ -32,14 +34,11 @@ SCOPES = "pkg.torch.onnx.name_scopes"
 EXPORTER = "torch.onnx._internal.exporter"
 
 
-def compile_encoder(module: nn.Module, directory: Path, *, accuracy_level: int, block_size: int) -> None:
-    """Write the graph of a transformers encoder, its weights and facts.
-
-    Inputs are `input_ids` and `attention_mask` `[batch, tokens]` int64, the output is `last_hidden_state`
-    `[batch, tokens, hidden]` float32.
+def compile_model(model: Model, directory: Path, *, accuracy_level: int, block_size: int) -> None:
+    """Write the graph of a transformers model that answers in one call, its weights and facts.
 
     Args:
-        module: an encoder without a head. It stays as it is.
+        model: see `optkit_backends.positional.call_of`. It stays as it is.
         directory: exists and is empty.
         accuracy_level: of MatMulNBits, for layers of which the weights alone are quantized.
         block_size: likewise, where the weights allow it.
@@ -47,12 +46,12 @@ def compile_encoder(module: nn.Module, directory: Path, *, accuracy_level: int, 
     Raises:
         RecipeError: the exporter or a kernel cannot express something of the model.
     """
-    example = text_example()
-    lowered: Any = _lowered(module, accuracy_level, block_size)
-    if getattr(lowered, "_supports_attention_backend", False):
+    call, name = call_of(model), type(model.module).__name__
+    lowered: Any = _lowered(model.module, accuracy_level, block_size)
+    # The operator reads the mask of padded text.
+    if FEATURE_EXTRACTION in model.tags and getattr(lowered, "_supports_attention_backend", False):
         lowered.config._attn_implementation = FUSED
-    dynamic = dict.fromkeys(example, (0, 1))
-    _write(TextEncoder(lowered), type(module).__name__, example, ["last_hidden_state"], dynamic, directory)
+    _write(call.around(lowered), name, call.example, call.outputs, call.dynamic, directory)
 
 
 def compile_tensors(

@@ -199,7 +199,7 @@ class _Convolution(_Static):
     def __init__(self, layer: QuantizedConv2d) -> None:
         super().__init__(layer)
         kernel = layer.weight.shape[2:]
-        self.dilation, self.stride, self.kernel = _pair(layer.dilation), _pair(layer.stride), kernel
+        self.dilation, self.stride, self.kernel_size = _pair(layer.dilation), _pair(layer.stride), kernel
         if layer.padding == "same":
             missing = [dilation * (size - 1) for dilation, size in zip(self.dilation, kernel, strict=True)]
             self.pads = [*(size // 2 for size in missing), *(size - size // 2 for size in missing)]
@@ -214,14 +214,14 @@ class _Convolution(_Static):
         attributes = {
             "dilations": [*self.dilation],
             "group": self.groups,
-            "kernel_shape": [*self.kernel],
+            "kernel_shape": [*self.kernel_size],
             "pads": self.pads,
             "strides": [*self.stride],
         }
         return node(f"{UNSETTLED}::Conv", [*operands, *trimmed([self.bias])], input.dtype, shape, attributes)
 
     def _size(self, axis: int, size: Any) -> Any:
-        covered = self.dilation[axis] * (self.kernel[axis] - 1) + 1
+        covered = self.dilation[axis] * (self.kernel_size[axis] - 1) + 1
         return (size + self.pads[axis] + self.pads[axis + 2] - covered) // self.stride[axis] + 1
 
 

@@ -23,7 +23,7 @@ DTYPES = {"tensor(int64)": "int64", "tensor(float)": "float32", "tensor(bool)": 
 
 
 class OnnxTensorSession(TensorSession):
-    """Runs what `compile_encoder` or `compile_tensors` wrote; see `optkit.backends.TensorSession`.
+    """Runs what `compile_model` or `compile_tensors` wrote; see `optkit.backends.TensorSession`.
 
     Args:
         directory: holds the files.

@@ -1,4 +1,4 @@
-"""The `openvino` backend: encoders, and any module of tensors, as graphs that Intel's runtime compiles when opened."""
+"""The `openvino` backend: encoders, image classifiers, and any module of tensors, as graphs of Intel's runtime."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from optkit import hardware
 from optkit.backends import Backend, Lowering, TensorSession
 from optkit.model import Model, ModelCard
 from optkit.steps import Limits
-from optkit.weights import CAUSAL_LM, FEATURE_EXTRACTION
+from optkit.weights import CAUSAL_LM
+from optkit_backends.tasks import ONE_CALL, other_task
 
 __all__ = ["ROUNDING_TOLERANCE", "OpenVINO"]
 
@@ -34,7 +35,7 @@ OLDEST = (2026, 4)
 
 
 class OpenVINO(Backend):
-    """OpenVINO on the CPU, for encoders. Integer weights are read by its kernels as they are stored.
+    """OpenVINO on the CPU, for encoders and image classifiers. Its kernels read integer weights as they are stored.
 
     The model is traced once and saved in OpenVINO's own format, which opens without torch and transformers. The runtime
     fuses attention, norms and activations when it opens it, for the processor at hand. Everything is computed in
@@ -69,22 +70,20 @@ class OpenVINO(Backend):
         lowered = {tag: _weights(tag) for tag in sorted(tags) if tag.startswith("weights:")}
         lowered |= {tag: _activations(tag) for tag in sorted(tags) if tag.startswith("activations:")}
         lowered |= {
-            tag: _impossible("encoders keep no keys and values") for tag in sorted(tags) if tag.startswith("kv:")
+            tag: _impossible("its models keep no keys and values") for tag in sorted(tags) if tag.startswith("kv:")
         }
-        if FEATURE_EXTRACTION not in tags:
-            task = next((tag for tag in sorted(tags) if tag.startswith("task:")), "task:unknown")
-            remedy = "; openvino_genai runs language models" if task == CAUSAL_LM else ""
-            lowered[task] = _impossible(f"it has no KV cache, and runs encoders only{remedy}")
-        return lowered
+        remedy = "; openvino_genai runs language models" if CAUSAL_LM in tags else ""
+        reason = f"it has no KV cache, and runs encoders and image classifiers only{remedy}"
+        return lowered | other_task(tags, ONE_CALL, reason)
 
     def runtime_bytes(self, card: ModelCard, weight_bytes: int) -> int:
         # The graph's weights, and the copy that the kernels read, in their order.
         return 2 * weight_bytes
 
     def compile(self, model: Model, directory: Path) -> None:
-        from optkit_backends.openvino.conversion import compile_encoder
+        from optkit_backends.openvino.conversion import compile_model
 
-        compile_encoder(model.module, directory)
+        compile_model(model, directory)
 
     def open(self, runtime: Path, weights: Path, limits: Limits) -> TensorSession:
         from optkit_backends.openvino.tensors import OpenVINOTensorSession

@@ -13,13 +13,14 @@ from openvino.frontend.pytorch.ts_decoder import TorchScriptPythonDecoder
 from torch import Tensor, nn
 
 from optkit.errors import RecipeError
+from optkit.model import Model
 from optkit_backends.openvino.files import GRAPH, TensorFacts
 from optkit_backends.openvino.frontend import quiet, reader
 from optkit_backends.openvino.layers import make_exportable
 from optkit_backends.openvino.tensors import OpenVINOTensorSession
-from optkit_backends.positional import Positional, TextEncoder, outputs_of, shallow_copy, text_example
+from optkit_backends.positional import Positional, call_of, outputs_of, shallow_copy
 
-__all__ = ["compile_encoder", "compile_tensors"]
+__all__ = ["compile_model", "compile_tensors"]
 
 # How the frontend calls the only module of a `Positional`.
 _ROOT = "__module.module"
@@ -32,23 +33,19 @@ _BOILERPLATE = re.compile(
 )
 
 
-def compile_encoder(module: nn.Module, directory: Path) -> None:
-    """Write the graph of a transformers encoder, its weights and facts.
-
-    Inputs are `input_ids` and `attention_mask` `[batch, tokens]` int64, the output is `last_hidden_state`
-    `[batch, tokens, hidden]` float32.
+def compile_model(model: Model, directory: Path) -> None:
+    """Write the graph of a transformers model that answers in one call, its weights and facts.
 
     Args:
-        module: an encoder without a head. It stays as it is.
+        model: see `optkit_backends.positional.call_of`. It stays as it is.
         directory: exists and is empty.
 
     Raises:
         RecipeError: something of it cannot be traced or converted.
     """
-    example = text_example()
-    encoder, name = TextEncoder(shallow_copy(module)), type(module).__name__
-    dynamic = dict.fromkeys(example, (0, 1))
-    _write(encoder, name, example, ["last_hidden_state"], dynamic, directory, root=f"{_ROOT}.module")
+    call, name = call_of(model), type(model.module).__name__
+    module = call.around(shallow_copy(model.module))
+    _write(module, name, call.example, call.outputs, call.dynamic, directory, root=f"{_ROOT}.module")
 
 
 def compile_tensors(

@@ -50,6 +50,9 @@ class _Exportable(nn.Module):
     def __init__(self, layer: QuantizedLayer) -> None:
         super().__init__()
         self.layer = layer
+        if isinstance(layer, QuantizedConv2d):
+            # Models that pad by themselves ask for them.
+            self.kernel_size, self.stride, self.dilation = layer.kernel_size, layer.stride, layer.dilation
         # The operators take no None, and a zero point of 0 changes nothing.
         self.register_buffer("zero_point", _or_zeros(layer.zero_point, layer.scale))
         self.register_buffer(

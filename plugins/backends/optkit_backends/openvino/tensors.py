@@ -23,7 +23,7 @@ PRODUCTS = frozenset({"FullyConnected", "Convolution", "MatMul"})
 
 
 class OpenVINOTensorSession(TensorSession):
-    """Runs what `compile_encoder` or `compile_tensors` wrote; see `optkit.backends.TensorSession`.
+    """Runs what `compile_model` or `compile_tensors` wrote; see `optkit.backends.TensorSession`.
 
     Args:
         directory: holds the files.

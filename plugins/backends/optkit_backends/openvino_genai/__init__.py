@@ -14,6 +14,7 @@ from optkit.backends import AnySession, Backend, Lowering
 from optkit.model import Model, ModelCard
 from optkit.steps import Limits
 from optkit.weights import CAUSAL_LM
+from optkit_backends.tasks import other_task
 
 __all__ = ["OpenVINOGenAI"]
 
@@ -60,10 +61,7 @@ class OpenVINOGenAI(Backend):
             lowered[tag] = _impossible("it multiplies float32 activations")
         for tag in sorted(tag for tag in tags if tag.startswith("kv:")):
             lowered[tag] = _impossible("its paged attention takes no scales of a calibrated cache")
-        if CAUSAL_LM not in tags:
-            task = next((tag for tag in sorted(tags) if tag.startswith("task:")), "task:unknown")
-            lowered[task] = _impossible("only causal language models run on it")
-        return lowered
+        return lowered | other_task(tags, {CAUSAL_LM}, "only causal language models run on it")
 
     def runtime_bytes(self, card: ModelCard, weight_bytes: int) -> int:
         # While it is judged, the graph is open twice; each keeps a copy that its kernels read.

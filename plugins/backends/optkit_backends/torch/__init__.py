@@ -13,7 +13,8 @@ from optkit import hardware
 from optkit.backends import Backend, Lowering, TensorSession, TokenSession
 from optkit.model import Model, ModelCard
 from optkit.steps import Limits
-from optkit.weights import CAUSAL_LM, FEATURE_EXTRACTION, holds_encoder
+from optkit.weights import FEATURE_EXTRACTION, IMAGE_CLASSIFICATION, folder_task
+from optkit_backends.tasks import other_task
 
 __all__ = ["Torch"]
 
@@ -29,7 +30,7 @@ class Torch(Backend):
     its files are smaller. Where its activations are quantized too they are rounded, in float32, which makes it slower
     and not faster. Steps are packed, so layers see no padding. It takes every causal language model whose attention
     transformers lets others replace, with a sliding window or without; others are refused when they are opened.
-    Encoders run in padded batches.
+    Encoders run in padded batches, image classifiers in batches.
 
     With `kernels: native` one call into compiled code runs a whole step of a decoder of the Llama type (Llama, Mistral,
     Qwen2, Qwen3, Gemma, Gemma 3): integer weights stay as they are stored, and with int8 activations they are
@@ -66,10 +67,7 @@ class Torch(Backend):
             )
         lowered |= {tag: _activations(tag) for tag in sorted(tags) if tag.startswith("activations:")}
         lowered |= {tag: _cache(tag) for tag in sorted(tags) if tag.startswith("kv:")}
-        if not tags & {CAUSAL_LM, FEATURE_EXTRACTION}:
-            task = next((tag for tag in sorted(tags) if tag.startswith("task:")), "task:unknown")
-            lowered[task] = Lowering("", native=False, reason="only causal language models and encoders run on it")
-        return lowered
+        return lowered | other_task(tags)
 
     def runtime_bytes(self, card: ModelCard, weight_bytes: int) -> int:
         # Integers are freed layer by layer as floats take their place.
@@ -79,10 +77,15 @@ class Torch(Backend):
         """Write nothing: the `weights` folder is all that the session needs."""
 
     def open(self, runtime: Path, weights: Path, limits: Limits) -> TokenSession | TensorSession:
-        if holds_encoder(weights):
+        task = folder_task(weights)
+        if task == FEATURE_EXTRACTION:
             from optkit_backends.torch.tensors import TorchTensorSession
 
             return TorchTensorSession(weights)
+        if task == IMAGE_CLASSIFICATION:
+            from optkit_backends.torch.tensors import TorchImageSession
+
+            return TorchImageSession(weights)
         if self.kernels == "native":
             from optkit_backends.torch.native.session import NativeSession
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from optkit.backends import Backend, Lowering, TensorSession, TokenSession
 from optkit.model import Model, ModelCard
 from optkit.steps import Limits
-from optkit.weights import holds_encoder
+from optkit.weights import folder_task
 from optkit_backends.graphs.inductor import COMPILING_BYTES, compiler_missing, headers_missing
 from optkit_backends.graphs.lowering import graph_lowering
+from optkit_backends.tasks import ONE_CALL
 
 __all__ = ["TorchCompile"]
 
@@ -44,12 +45,12 @@ class TorchCompile(Backend):
         """Write nothing: the `weights` folder is all that the session needs."""
 
     def open(self, runtime: Path, weights: Path, limits: Limits) -> TokenSession | TensorSession:
-        if holds_encoder(weights):
+        if folder_task(weights) in ONE_CALL:
             from optkit.weights import load_folder
             from optkit_backends.graphs.tensors import TensorGraph
             from optkit_backends.torch_compile.tensors import TorchCompileTensorSession
 
-            return TorchCompileTensorSession(TensorGraph.encoder(load_folder(weights).module))
+            return TorchCompileTensorSession(TensorGraph.of_model(load_folder(weights)))
         from optkit_backends.torch_compile.session import TorchCompileSession
 
         return TorchCompileSession(weights, limits)

@@ -8,8 +8,8 @@ from pathlib import Path
 from optkit.backends import Backend, Lowering, TensorSession, TokenSession
 from optkit.model import Model, ModelCard
 from optkit.steps import Limits
-from optkit.weights import FEATURE_EXTRACTION
 from optkit_backends.graphs.lowering import graph_lowering
+from optkit_backends.tasks import ONE_CALL
 
 __all__ = ["TorchScript"]
 
@@ -47,10 +47,10 @@ class TorchScript(Backend):
         return 2 * card.parameters * 4
 
     def compile(self, model: Model, directory: Path) -> None:
-        from optkit_backends.torchscript.tracing import compile_decoder, compile_encoder
+        from optkit_backends.torchscript.tracing import compile_decoder, compile_model
 
-        if FEATURE_EXTRACTION in model.tags:
-            compile_encoder(model.module, directory)
+        if model.tags & ONE_CALL:
+            compile_model(model, directory)
         else:
             compile_decoder(model.module, directory)
 

@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from optkit.errors import RecipeError
+from optkit.model import Model
 from optkit_backends.graphs.checking import check_sizes
 from optkit_backends.graphs.decoder import OTHER_SIZES, DecoderGraph
 from optkit_backends.graphs.tensors import TensorGraph
 from optkit_backends.torchscript.files import ARCHIVE, ArchivedDecoder, ArchivedTensors, quiet
 
-__all__ = ["compile_decoder", "compile_encoder", "compile_tensors"]
+__all__ = ["compile_decoder", "compile_model", "compile_tensors"]
 
 
 def compile_decoder(module: Any, directory: Path) -> None:
@@ -34,17 +35,17 @@ def compile_decoder(module: Any, directory: Path) -> None:
     ArchivedDecoder(**graph.facts()).write(directory)
 
 
-def compile_encoder(module: Any, directory: Path) -> None:
-    """Write the archive of a transformers encoder, and its facts; see `TensorGraph.encoder`.
+def compile_model(model: Model, directory: Path) -> None:
+    """Write the archive of a transformers model that answers in one call, and its facts.
 
     Args:
-        module: an encoder without a head. It stays as it is.
+        model: see `optkit_backends.positional.call_of`. It stays as it is.
         directory: exists and is empty.
 
     Raises:
         RecipeError: something of it cannot be traced.
     """
-    _compile(TensorGraph.encoder(module), directory)
+    _compile(TensorGraph.of_model(model), directory)
 
 
 def compile_tensors(

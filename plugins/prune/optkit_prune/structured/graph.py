@@ -147,7 +147,7 @@ class _Graph:
         finally:
             for parameter, needed in wanted.items():
                 parameter.requires_grad_(needed)
-        if hasattr(module, "config"):
+        if "input_ids" in example:
             self._mix_no_axes()
         self._paths: dict[object, str] = {layer: name for name, layer in module.named_modules()}
         self._paths |= {parameter: name for name, parameter in module.named_parameters()}

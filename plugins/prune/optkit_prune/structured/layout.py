@@ -148,10 +148,6 @@ def sheet_of(card: ModelCard, parts: Iterable[str], *, round_to: int, kv_groups:
     """
     pools: list[Pool] = []
     axes: dict[str, list[Pool | None]] = {name: [None, None] for name in card.linears}
-    if "channels" in parts:
-        raise RecipeError(
-            "channels: are those of convolutions, which no model of a recipe has", remedy="prune ffn or heads"
-        )
     if "width" in parts:
         architecture = _architecture(card)
         queries = card.linears[attentions(axes)[0].queries][0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -71,8 +72,8 @@ class Structured(Transform):
     conflicts = QUANTIZED | {"sparsity:*", "pruned:rank"}
 
     parts: tuple[Literal["ffn", "heads", "width", "channels"], ...] = Field(default=("ffn",), min_length=1)
-    """What to prune: channels of FFNs, attention heads, the width of embeddings and of all that reads them, or, from
-    Python and alone, channels of convolutions."""
+    """What to prune: channels of FFNs, attention heads, the width of embeddings and of all that reads them, or, alone,
+    channels of convolutions."""
     importance: Literal["magnitude", "taylor", "activation", "hessian", "random"] = "activation"
     """What decides who goes: the L2 norm of the weights that go with a unit; the change of the loss to first order;
     magnitudes of the weights that read a unit times the norm of what they read; the change of the loss to second
@@ -136,11 +137,18 @@ class Structured(Transform):
         return frozenset({f"pruned:{part}" for part in self.parts} | differing)
 
     def check(self, card: ModelCard) -> None:
+        if "channels" in self.parts:
+            if not card.convolutions:
+                remedy = "prune ffn or heads"
+                raise RecipeError("channels: the model has no convolutions", found=card.name, remedy=remedy)
+            return  # which of them go together only the model's graph says
         sheet = self._sheet(card)
         self._check_steps(sheet.pools)
         self._planned(sheet)
 
     def after(self, card: ModelCard) -> ModelCard:
+        if "channels" in self.parts:
+            return replace(card, parameters=round(card.parameters * self._expected_share))
         sheet = self._sheet(card)
         return sheet.after(self._planned(sheet))
 
@@ -184,6 +192,15 @@ class Structured(Transform):
             describe(module)
             tags |= {"shape:pruned"} if hasattr(module.config, SHAPES_ENTRY) else set()
         return model.tagged(*tags)
+
+    @property
+    def _expected_share(self) -> float:
+        """About the share of the parameters that stays where channels go: each weight lies between two pools."""
+        if self.ratio is not None:
+            return (1 - self.ratio) ** 2
+        budget = self.parameters or self.flops or self.latency or ""
+        share = number_of(budget)
+        return share if share is not None and budget.endswith("%") else 1.0
 
     def _sheet(self, card: ModelCard) -> Sheet:
         return sheet_of(card, self.parts, round_to=self._step, kv_groups=self.kv_groups)
