@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, cast
 
 from pydantic import Field
 
 from optkit.model import Model
+from optkit.schemes import ActivationScheme
 from optkit.transforms import TransformContext
 from optkit_quantize.quantizer import WeightOnly, install
 from optkit_quantize.rounding import grouped, least_wrong, ranges, round_with
@@ -23,7 +24,7 @@ _SHRINKS = tuple(1 - 0.05 * step for step in range(11))
 
 
 class GPTQ(WeightOnly):
-    """Weight-only quantization that chooses each integer so that the layer's outputs on calibration data stay the same.
+    """Quantization that chooses each integer so that the layer's outputs on calibration data stay the same.
 
     Costs two runs of the model on the calibration data and 40 s for the rounding: two minutes of one core in all for
     135 M parameters and 16 windows of 512 tokens. Memory is that of a block and six float64 copies of its largest
@@ -41,6 +42,10 @@ class GPTQ(WeightOnly):
 
     calibration: ClassVar[bool] = True
 
+    activations: Literal["float", "int8"] = "float"
+    """`int8`: the layers' inputs are rounded too, with a scale for each token, which kernels for both multiply faster
+    than weights alone. A block's weights are chosen for what the blocks before it give then, and for exact inputs
+    within the block."""
     damping: float = Field(default=0.01, gt=0, le=1)
     """Share of the Hessian's mean diagonal that is added to all of its diagonal: more trusts the calibration data less.
     Where a Hessian is still not positive definite, ten and a hundred times as much are tried."""
@@ -53,6 +58,10 @@ class GPTQ(WeightOnly):
     scale_search: bool = True
     """Choose each scale among those of ranges shrunk by up to a half, by the error that the later weights cannot make
     good; else it covers the whole range."""
+
+    @property
+    def activation_scheme(self) -> ActivationScheme | None:
+        return ActivationScheme(dynamic=True) if self.activations == "int8" else None
 
     def apply(self, model: Model, context: TransformContext) -> Model:
         from optkit.blockwise import walk

@@ -87,7 +87,7 @@ class Quantizer(Transform):
 
 
 class WeightOnly(Quantizer):
-    """Rounds weights to few bits; activations stay as they are."""
+    """Rounds weights to few bits, in channels or groups."""
 
     bits: Literal[2, 3, 4, 8] = 8
     """Bits of one stored weight."""

@@ -17,7 +17,8 @@ class W4A8(Quantizer):
     """Int4 weights rounded to nearest, and int8 activations with a scale for each token, without data.
 
     Costs 2 s for 135 M parameters on two cores, and the memory of one layer. SmolLM2-135M's perplexity rises by 46 %
-    with groups of 64: rounding to nearest at 4 bits is not for models that small. In a weights folder each weight takes
+    with groups of 64: rounding to nearest at 4 bits is not for models that small; `quantize.gptq` with
+    `activations: int8` gives the same format from data. In a weights folder each weight takes
     a byte, as compressed-tensors and vLLM have it for this format; backends pack two into one.
 
     Paper: Lin et al., QServe: W4A8KV4 Quantization and System Co-design for Efficient LLM Serving, arXiv:2405.04532.

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from optkit.calibration import Calibration
 from optkit.checkpoints import Checkpoint
 from optkit.errors import OptkitError
-from optkit.quantized import QuantizedLinear, WeightScheme, dequantize, quantized_layers
+from optkit.quantized import ActivationScheme, QuantizedLinear, WeightScheme, dequantize, quantized_layers
 from optkit.transforms import TransformContext
 from optkit_quantize.gptq import GPTQ, gptq_round
 from optkit_quantize.rounding import round_weight
@@ -260,6 +260,19 @@ def test_a_model_keeps_its_outputs_better_than_rounded_to_nearest(tiny_llama):
         assert distance(model.module, exact, tokens) < 0.8 * nearest
         assert len(list(quantized_layers(model.module))) == 14
         assert model.tags >= {"weights:int4-group" if options.get("symmetric", True) else "weights:int4-group-asym"}
+
+
+def test_rounded_inputs_count_from_the_second_block_on(tiny_llama):
+    calibration = context(texts(30, 30))
+    alone, rounded = (
+        dict(quantized_layers(GPTQ(bits=4, **GROUPS, activations=kind).apply(tiny_llama(), calibration).module))
+        for kind in ("float", "int8")
+    )
+    assert {layer.activations for layer in rounded.values()} == {ActivationScheme(dynamic=True)}
+    same = {name: torch.equal(layer.weight, alone[name].weight) for name, layer in rounded.items()}
+    assert all(equal for name, equal in same.items() if ".layers.0." in name)
+    assert not all(same.values())
+    assert GPTQ(activations="int8").provides() == {"weights:int8-channel", "activations:int8-dynamic"}
 
 
 @pytest.mark.parametrize("tag", ["sparsity:unstructured", "sparsity:2:4", None])
