@@ -17,12 +17,8 @@ from optkit import hardware
 from optkit.errors import DamagedError, MachineError, RecipeError
 from optkit.plugins import Plugins
 from optkit.steps import Limits, Row, StepPlan, TensorSpec
-from optkit.testing import check_backend
 from optkit_backends.aot_inductor import AOTInductor
 from optkit_backends.aot_inductor.compiling import compile_tensors
-from optkit_quantize.kv_cache import KVCache
-from optkit_quantize.rtn import RTN
-from tests.calibrating import context, texts
 from tests.damaging import HARMS, damage
 
 BACKEND = AOTInductor()
@@ -127,42 +123,12 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
         compile_tensors(Branching().eval(), {"image": torch.rand(2, 4)}, tmp_path)
 
 
-def test_lowering_says_which_kernel_runs_or_why_none_can():
-    tags = {"task:causal-lm", "weights:int4-group", "weights:bnb-nf4", "activations:int4", "kv:fp8-head"}
-    lowered = BACKEND.lowering(frozenset(tags))
-    assert lowered["weights:float"].native
-    assert (lowered["weights:int4-group"].possible, lowered["weights:int4-group"].native) == (True, False)
-    refused = {tag for tag, how in lowered.items() if not how.possible}
-    assert refused == {"weights:bnb-nf4", "activations:int4", "kv:fp8-head"}
-    assert not BACKEND.lowering(frozenset({"task:image"}))["task:image"].possible
-
-
 def test_without_a_compiler_it_says_what_to_install(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     expected = "needs a C++ compiler, and there is no no-such-compiler; install it, or set CXX to one"
     assert (BACKEND.unavailable(), BACKEND.uncompilable()) == (None, expected)
     plugins = Plugins.load(third_party=False)
     assert plugins.state(plugins.find("backend", "aot_inductor")) == expected
-
-
-TRANSFORMS = {
-    "float": lambda model: model,
-    "int8": lambda model: RTN(bits=8, granularity="group", group_size=32).apply(model, context(texts())),
-}
-
-
-@compiles
-@pytest.mark.slow
-@pytest.mark.parametrize("weights", TRANSFORMS)
-@pytest.mark.parametrize("kind", ["decoder", "encoder"])
-def test_it_conforms(kind, weights, tiny_llama, tiny_bert):
-    check_backend(BACKEND, TRANSFORMS[weights](tiny_llama() if kind == "decoder" else tiny_bert()))
-
-
-@compiles
-@pytest.mark.slow
-def test_a_quantized_kv_cache_conforms(tiny_llama):
-    check_backend(BACKEND, KVCache(dtype="int8").apply(tiny_llama(), context(texts(*[24] * 4))))
 
 
 @compiles

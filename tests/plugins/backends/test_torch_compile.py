@@ -21,10 +21,7 @@ from optkit.testing import check_backend
 from optkit_backends.graphs.tensors import TensorGraph
 from optkit_backends.torch_compile import TorchCompile
 from optkit_backends.torch_compile.tensors import TorchCompileTensorSession
-from optkit_quantize.kv_cache import KVCache
-from optkit_quantize.rtn import RTN
 from tests.architectures import OTHERS, other
-from tests.calibrating import context, texts
 
 BACKEND = TorchCompile()
 REASON = BACKEND.unavailable()
@@ -102,36 +99,6 @@ def test_without_pythons_headers_it_says_what_to_install(monkeypatch, tmp_path):
     assert BACKEND.unavailable() == (
         f"needs Python's headers, and there is no Python.h in {tmp_path}; install the package python3-dev or its like"
     )
-
-
-def test_lowering_says_which_kernel_runs_or_why_none_can():
-    tags = {"task:causal-lm", "weights:int4-group", "weights:bnb-nf4", "activations:int4", "kv:fp8-head"}
-    lowered = BACKEND.lowering(frozenset(tags))
-    assert lowered["weights:float"].native
-    assert (lowered["weights:int4-group"].possible, lowered["weights:int4-group"].native) == (True, False)
-    refused = {tag for tag, how in lowered.items() if not how.possible}
-    assert refused == {"weights:bnb-nf4", "activations:int4", "kv:fp8-head"}
-    assert not BACKEND.lowering(frozenset({"task:image"}))["task:image"].possible
-
-
-TRANSFORMS = {
-    "float": lambda model: model,
-    "int8": lambda model: RTN(bits=8, granularity="group", group_size=32).apply(model, context(texts())),
-}
-
-
-@compiles
-@pytest.mark.slow
-@pytest.mark.parametrize("weights", TRANSFORMS)
-@pytest.mark.parametrize("kind", ["decoder", "encoder"])
-def test_it_conforms(kind, weights, tiny_llama, tiny_bert):
-    check_backend(BACKEND, TRANSFORMS[weights](tiny_llama() if kind == "decoder" else tiny_bert()))
-
-
-@compiles
-@pytest.mark.slow
-def test_a_quantized_kv_cache_conforms(tiny_llama):
-    check_backend(BACKEND, KVCache(dtype="int8").apply(tiny_llama(), context(texts(*[24] * 4))))
 
 
 @compiles
