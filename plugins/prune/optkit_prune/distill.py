@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,17 @@ from optkit.blockwise import output_of
 from optkit.checkpoints import Checkpoint
 from optkit.errors import OptkitError, RecipeError
 
-__all__ = ["Lesson", "Training", "distance_of", "divergence", "held_out", "relative_error", "schedule", "size_of"]
+__all__ = [
+    "Lesson",
+    "Training",
+    "distance_of",
+    "divergence",
+    "held_out",
+    "joined",
+    "relative_error",
+    "schedule",
+    "size_of",
+]
 
 Batch = Mapping[str, Tensor]
 Distance = Callable[[Tensor, Tensor, float], Tensor]
@@ -83,6 +94,28 @@ def schedule(sizes: Sequence[int], steps: int, least: int, seed: int) -> list[li
 def size_of(batch: Batch) -> int:
     """Tokens of a text, rows of anything else."""
     return batch["input_ids"].numel() if "input_ids" in batch else len(next(iter(batch.values())))
+
+
+def joined(batches: Iterable[Batch], most: int) -> list[Batch]:
+    """Batches of one shape as one, up to a size: fewer and larger products of matrices.
+
+    Args:
+        batches: each `[rows, ...]`.
+        most: what is larger by itself stays as it is.
+    """
+    alike: dict[Any, list[list[Batch]]] = {}
+    for batch in batches:
+        shape = tuple((name, value.dtype, value.shape[1:]) for name, value in sorted(batch.items()))
+        groups = alike.setdefault(shape, [])
+        if groups and sum(map(size_of, groups[-1])) + size_of(batch) <= most:
+            groups[-1].append(batch)
+        else:
+            groups.append([batch])
+    return [
+        {name: torch.cat([batch[name] for batch in group]) for name in group[0]}
+        for groups in alike.values()
+        for group in groups
+    ]
 
 
 class Lesson:

@@ -20,6 +20,8 @@ _LEARNING_RATES = {"full": 2e-4, "lora": 1e-3}
 # the rate of transformers bring it to 90%, at this one to 98.4%.
 _CHANNELS_RATE = 2e-3
 _HELD_OUT = 0.1
+# Tokens or rows of samples of one length that run together: SmolLM2 learns 1.4 times as fast from two windows of 256.
+_AT_ONCE = 512
 # Of a divergence or a relative error: below it there is nothing but rounding.
 _LOST = 1e-9
 
@@ -82,9 +84,10 @@ class Recover(Transform):
         layers = [shape for name, shape in card.linears.items() if name != "lm_head"]
         widths = sum(out + inputs for out, inputs in layers)
         trained = card.parameters if self.method == "full" else (self.rank or _RANK) * widths
-        # Of one sample: what layers and the functions between them keep for the gradients, and the logits of both.
+        # Of one sample, or of short ones together: what layers and the functions between them keep for the gradients,
+        # and the logits of both.
         logits = 5 * card.vocab_size if "task:causal-lm" in card.tags else 0
-        kept = min(self.batch_tokens, card.max_length) * (2 * widths + logits)
+        kept = min(self.batch_tokens, max(card.max_length, _AT_ONCE)) * (2 * widths + logits)
         # Gradients, two moments, and the copy of one of the three that a checkpoint is written from.
         return 4 * (4 * trained + kept)
 
@@ -97,7 +100,7 @@ class Recover(Transform):
     def apply(self, model: Model, context: TransformContext) -> Model:
         import torch
 
-        from optkit_prune.distill import Lesson, Training, distance_of, held_out, schedule, size_of
+        from optkit_prune.distill import Lesson, Training, distance_of, held_out, joined, schedule, size_of
         from optkit_prune.lora import adapt, merge
 
         if context.baseline is None:
@@ -125,11 +128,12 @@ class Recover(Transform):
         plan = schedule([size_of(batch) for batch in learnt], self.steps, self.batch_tokens, self.seed)
         started, told = training.resumed(), ""
         for step in range(started, self.steps):
-            total = sum(size_of(learnt[place]) for place in plan[step])
+            batches = joined((learnt[place] for place in plan[step]), _AT_ONCE)
+            total = sum(map(size_of, batches))
             lost = 0.0
-            for place in plan[step]:
+            for batch in batches:
                 context.progress(step, self.steps, told)
-                loss = lesson.between(learnt[place], self.temperature) * (size_of(learnt[place]) / total)
+                loss = lesson.between(batch, self.temperature) * (size_of(batch) / total)
                 loss.backward()  # type: ignore[no-untyped-call]  # torch's own
                 lost += loss.item()
             training.step(step)

@@ -20,7 +20,7 @@ from optkit.model import Model
 from optkit.transforms import TransformContext
 from optkit.weights import load_folder, save_folder
 from optkit_prune import distill
-from optkit_prune.distill import divergence, held_out, relative_error, schedule
+from optkit_prune.distill import divergence, held_out, joined, relative_error, schedule
 from optkit_prune.layers import Layers
 from optkit_prune.lora import Adapted, adapt, merge
 from optkit_prune.magnitude import Magnitude
@@ -88,6 +88,32 @@ def test_each_sample_comes_once_before_one_comes_again(sizes, least, seed):
     for step in plan:
         assert sum(sizes[place] for place in step) >= least
         assert sum(sizes[place] for place in step[:-1]) < least
+
+
+@given(lengths=st.lists(st.integers(1, 4), max_size=12), most=st.integers(1, 12))
+def test_samples_of_one_length_run_together_up_to_a_size(lengths, most):
+    samples = [{"input_ids": torch.full((1, length), place)} for place, length in enumerate(lengths)]
+    batches = [batch["input_ids"] for batch in joined(samples, most)]
+    rows = sorted((row.tolist() for batch in batches for row in batch), key=lambda row: row[0])
+    assert rows == [[place] * length for place, length in enumerate(lengths)]
+    assert all(batch.numel() <= most for batch in batches if len(batch) > 1)
+    for length in set(lengths):
+        assert len([b for b in batches if b.shape[1] == length]) == -(-lengths.count(length) // max(1, most // length))
+
+
+def test_samples_that_run_together_give_the_same_gradients(tiny_llama):
+    baseline = tiny_llama()
+    pruned = Magnitude(sparsity=0.5).apply(tiny_llama(), context(DATA)).module
+    lesson = distill.Lesson(pruned.requires_grad_(True), baseline.module, divergence, "cpu")
+    gradients = []
+    for most in (1, 96):
+        batches = joined(DATA.inputs[:4], most)
+        assert len(batches) == {1: 4, 96: 1}[most]
+        sum(lesson.between(batch) / len(batches) for batch in batches).backward()
+        gradients.append({name: weight.grad for name, weight in pruned.named_parameters()})
+        pruned.zero_grad()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
 
 
 # --- LoRA
