@@ -4,28 +4,34 @@ Usage: python benchmarks/quality/pruners.py [--task decoder|encoder] [--only PAT
 
 The decoder is SmolLM2-135M-Instruct, the encoder all-MiniLM-L6-v2. Each row is a recipe that `optkit apply` carries
 out, and whose artifact `optkit compare` then measures beside that of the whole model, in one interleaved run. Masks
-leave every shape as it is, so of those one alone is timed. What all of them cost in quality, and what a few hundred
-steps of recovery win back, is in recovery.py. Writes JSON after every row, and a table beside it; rows that are there
-already, made with the same settings on the same machine, are kept.
+leave every shape as it is, so of those one alone is timed; the transforms of the others run in this process, which
+reads the decoder once for all of them. What a few hundred steps of recovery win back is in recovery.py. Writes JSON
+after every row, and a table beside it; rows that are there already, made with the same settings on the same machine,
+are kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from judging import MODEL
+from judging import MODEL, DeviceScorer, Problem
 from rows import Rows
 
+from optkit import measure
 from optkit.builtin.huggingface import HuggingFace
+from optkit.transforms import TransformContext
+from optkit.weights import save_folder
 
 RATIOS = (0.1, 0.2, 0.3, 0.5)
 MASKS = ("random", "magnitude", "wanda", "sparsegpt")
@@ -101,7 +107,7 @@ TASKS = {
         recover=25,
         quality="perplexity",
         speeds=("prefill_tokens_per_second", "decode_tokens_per_second"),
-        rows={name: row for name, row in of_decoder().items() if name == TIMED_MASK or not name.startswith(MASKS)},
+        rows=of_decoder(),
     ),
     "encoder": Task(
         title="Pruners on all-MiniLM-L6-v2",
@@ -135,14 +141,27 @@ def main() -> None:
     made = Rows(output, settings, task.rows, lambda data: table(task, data))
     wanted = {name: row for name, row in task.rows.items() if re.search(asked.only, name) and name not in made}
     recovery = [{"prune.recover": {"steps": steps, "at_least": None}}] if steps else []
+    untimed = {name for name in wanted if name.startswith(MASKS) and name != TIMED_MASK and "gguf" in task.model}
     with tempfile.TemporaryDirectory() as scratch:
         whole = Path(scratch) / "whole"
-        if wanted and not applied(task.recipe([], asked.backend), whole):
+        if wanted.keys() - untimed and not applied(task.recipe([], asked.backend), whole):
             sys.exit("the whole model failed")
+        problem = Problem(
+            MODEL,
+            tokens=task.evaluation.get("tokens", 0),
+            samples=task.calibration["samples"],
+            length=task.calibration["sequence_length"],
+            device="cpu",
+            kept=Path(scratch) / "said",
+        )
         for name, transforms in wanted.items():
             print(f"{name}:", file=sys.stderr, flush=True)
             with tempfile.TemporaryDirectory() as folder:
-                row = measured(task, [*transforms, *recovery], asked.backend, whole, Path(folder))
+                row: dict[str, Any] | None
+                if name in untimed:
+                    row = judged(problem, [*transforms, *recovery], Path(folder))
+                else:
+                    row = measured(task, [*transforms, *recovery], asked.backend, whole, Path(folder))
             if row is not None:
                 made.add(name, row)
                 print(f"{name}: {', '.join(cells(task, row)[:2])}", flush=True)
@@ -162,6 +181,30 @@ def optkit(*arguments: str, **environment: str) -> dict[str, Any] | None:
     command = [sys.executable, "-m", "optkit.cli", *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=os.environ | environment)
     return None if done.returncode else json.loads(done.stdout)
+
+
+def judged(problem: Problem, transforms: Transforms, folder: Path) -> dict[str, Any]:
+    """One row without speeds: what `optkit apply` does up to where it compiles."""
+    recipe, model = problem.recipe(transforms), problem.model
+    _ = problem.baseline
+    model = replace(model, module=copy.deepcopy(model.module))
+    steps = []
+    for number, use in enumerate(recipe.transforms, 1):
+        started = time.perf_counter()
+        context = TransformContext(lambda *_: None, problem.calibration, baseline=problem.model)
+        model = use.options.apply(model, context)
+        seconds = time.perf_counter() - started
+        save_folder(model, folder)
+        effect = problem.quality(DeviceScorer(model.module, "cpu")).to_dict()
+        effect |= {"weight_bytes": measure.folder_bytes(folder), "compressed_bytes": measure.compressed_bytes(folder)}
+        steps.append({"step": f"{number} {use.name}", "seconds": seconds, "effect": effect})
+    return {
+        "transforms": recipe.resolved()["transforms"],
+        "tags": sorted(model.tags),
+        "servable_by": ["optkit", "transformers"],  # their shapes are the whole model's
+        "parameters": HuggingFace(model=str(folder)).inspect().parameters,
+        "steps": steps,
+    }
 
 
 def measured(task: Task, transforms: Transforms, backend: str, whole: Path, folder: Path) -> dict[str, Any] | None:
@@ -198,7 +241,7 @@ def cells(task: Task, row: dict[str, Any]) -> list[str]:
         f"{row['parameters'] / 1e6:.1f}",
         f"{effects[-1]['weight_bytes'] / 1e6:.1f}",
         "-" if compressed is None else f"{compressed / 1e6:.1f}",
-        *(_figure(row["metrics"][name], 2) for name in task.speeds),
+        *(_figure(row["metrics"][name], 2) if "metrics" in row else "-" for name in task.speeds),
         ", ".join(row["servable_by"]),
     ]
 
@@ -225,8 +268,8 @@ def table(task: Task, data: dict[str, Any]) -> str:
         f"with those that quality is judged on. Recovery is `prune.recover` with {settings['recover_steps']} steps: a "
         f"taste of what a few hundred do. Ratios are to the whole model on the same backend, {settings['backend']}, "
         f"in one interleaved run of {settings['benchmark']['blocks']} blocks, with 95% intervals. Sizes are those of "
-        f"the weights; compressed by zlib before recovery. Masks change no shape, and are not timed{but}; "
-        f"their quality is in recovery-*.md. Machine: {machine['cpu']}, {machine['cores']} cores; "
+        f"the weights; compressed by zlib before recovery. Masks change no shape, and are not timed{but}. Machine: "
+        f"{machine['cpu']}, {machine['cores']} cores; "
         f"Python {machine['python']}, {libraries}."
     )
     speeds = [name.removesuffix("_per_second").replace("_", " ") + "/s" for name in task.speeds]
