@@ -237,6 +237,16 @@ def test_measured_ceilings_are_possible(kept):
     assert result.fp32_gflops is not None
 
 
+def test_work_takes_the_longer_of_reading_and_computing():
+    found = {"read_gb_per_s": 10, "copy_gb_per_s": 10, "fp32_gflops": 100, "bf16_gflops": None, "int8_gops": 400}
+    peaks = hardware.Peaks(**found, unsupported={"bf16_gflops": "no kernel"}, cores=2, torch="2")
+    assert peaks.least_seconds(20e9, 100e9) == pytest.approx(2)
+    assert peaks.least_seconds(20e9, 300e9) == pytest.approx(3)
+    assert peaks.least_seconds(20e9, 200e9, 800e9) == pytest.approx(4)
+    unmeasured = peaks.model_copy(update={"int8_gops": None})
+    assert unmeasured.least_seconds(0, 200e9, 800e9) == pytest.approx(2)
+
+
 @pytest.mark.parametrize("damage", [b"", b"{", b"\xff\xfe", b'{"read_gb_per_s": "fast"}', b"null"])
 def test_a_damaged_cache_is_measured_again(kept, damage):
     file, _ = kept
@@ -257,10 +267,33 @@ def test_a_product_that_torch_cannot_do_is_none_with_the_reason(brief, monkeypat
         raise RuntimeError("_int_mm is not implemented\nfor this processor")
 
     monkeypatch.setattr(torch, "_int_mm", refuse)
+    monkeypatch.setattr(ceilings, "_integer_linear", refuse)
     result = hardware.measure(lambda *_: None)
     assert result.int8_gops is None
     assert result.unsupported == {"int8_gops": "_int_mm is not implemented for this processor"}
     assert hardware.peaks() == result
+
+
+@pytest.mark.parametrize("refusing", ["_integer_product", "_integer_linear"])
+def test_one_product_of_integers_is_enough(brief, monkeypatch, refusing):
+    def refuse(side):
+        raise RuntimeError("not for this processor")
+
+    monkeypatch.setattr(ceilings, "_integer_product", lambda side: lambda: None)
+    monkeypatch.setattr(ceilings, "_integer_linear", lambda side: lambda: None)
+    monkeypatch.setattr(ceilings, refusing, refuse)
+    result = hardware.measure(lambda *_: None)
+    assert result.int8_gops is not None
+    assert result.unsupported == {}
+
+
+def test_a_linear_layer_of_integers_multiplies_them():
+    try:
+        found = ceilings._integer_linear(16)()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    assert found.dtype == torch.uint8
+    assert found.tolist() == [[16] * 16] * 16
 
 
 def test_measuring_tells_its_progress_and_gives_the_threads_back(brief):

@@ -111,11 +111,7 @@ def explain(
     for kernel in kernels:
         groups[re.sub(r"\.\d+\.", ".*.", kernel.layer), kernel.kernel].append(kernel)
     whole = sum(kernel.seconds for kernel in kernels)
-    gflop_per_s = peaks.fp32_gflops or 0.0
-    rows = sorted(
-        (_row(*names, group, whole, peaks.read_gb_per_s, gflop_per_s) for names, group in groups.items()),
-        key=lambda row: -row.seconds,
-    )
+    rows = sorted((_row(*names, group, whole, peaks) for names, group in groups.items()), key=lambda row: -row.seconds)
     return Explanation(
         what if batch_size == 1 else f"{what}, {batch_size} {rows_are} at once",
         artifact.report()["lowering"],
@@ -123,7 +119,7 @@ def explain(
         tuple(kernels),
         whole,
         peaks.read_gb_per_s,
-        gflop_per_s,
+        peaks.fp32_gflops or 0.0,
     )
 
 
@@ -162,13 +158,11 @@ def _computed(session: TensorSession, batch_size: int) -> tuple[str, list[Kernel
     return f"one call on {', '.join(sizes)}", session.profile(inputs)
 
 
-def _row(
-    layers: str, name: str, group: list[KernelTime], whole: float, gb_per_s: float, gflop_per_s: float
-) -> ExplainedRow:
+def _row(layers: str, name: str, group: list[KernelTime], whole: float, peaks: hardware.Peaks) -> ExplainedRow:
     seconds = sum(kernel.seconds for kernel in group)
-    per_second = 1 / (seconds * 1e9) if seconds else 0.0
-    read = sum(kernel.weight_bytes for kernel in group) * per_second
-    computed = sum(kernel.operations for kernel in group) * per_second
-    of_ceiling = max(read / gb_per_s, computed / gflop_per_s if gflop_per_s else 0.0)
+    read, operations = sum(kernel.weight_bytes for kernel in group), sum(kernel.operations for kernel in group)
+    per_second = 1 / seconds if seconds else 0.0
+    of_ceiling = peaks.least_seconds(read, operations) * per_second
     share = seconds / whole if whole else 0.0
-    return ExplainedRow(layers, name, len(group), seconds, share, read, computed, of_ceiling)
+    gigas = per_second / 1e9
+    return ExplainedRow(layers, name, len(group), seconds, share, read * gigas, operations * gigas, of_ceiling)

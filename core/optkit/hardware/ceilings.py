@@ -31,6 +31,8 @@ SECONDS = 1.0
 """How long each ceiling is tried for."""
 SIZES = (512, 1024, 2048, 4096)
 """Sides of the square matrices. Large processors need large ones; slow processors stop early."""
+METHOD = 2
+"""Goes up when a figure comes to be measured in another way, so that the kept ones are measured again."""
 
 
 class Peaks(Options):
@@ -45,13 +47,29 @@ class Peaks(Options):
     bf16_gflops: float | None = Field(gt=0)
     """`torch.mm` of square bfloat16 matrices. Without bf16 instructions this is torch's emulation."""
     int8_gops: float | None = Field(gt=0)
-    """`torch._int_mm` of square int8 matrices into int32."""
+    """Products of square int8 matrices: `torch._int_mm`, which is a plain loop without VNNI, or oneDNN's linear layer,
+    which Inductor calls; whichever is faster."""
     unsupported: dict[str, str]
     """For each figure that is None, what torch said."""
     cores: int = Field(ge=1)
     """Threads that measured."""
     torch: str
     """The torch version that measured."""
+
+    def least_seconds(self, read: float, operations: float, integer_operations: float = 0.0) -> float:
+        """What work takes that is as fast as this machine: reading memory or computing, whichever takes longer.
+
+        Args:
+            read: bytes from main memory.
+            operations: in float32, multiplications and additions.
+            integer_operations: likewise, of int8. A figure that could not be measured bounds nothing.
+        """
+        computed = sum(
+            count / rate
+            for count, rate in ((operations, self.fp32_gflops), (integer_operations, self.int8_gops))
+            if rate
+        )
+        return max(read / self.read_gb_per_s, computed) / 1e9
 
 
 def peaks(cached_only: bool = True) -> Peaks | None:
@@ -124,21 +142,64 @@ def _bandwidth(cores: int) -> tuple[float, float]:
 
 
 def _products(dtype: str, cores: int) -> float:
-    """Operations of square matrix products, in 10^9 a second."""
+    """Operations of square matrix products, in 10^9 a second.
+
+    Raises:
+        RuntimeError: torch has no kernel for them.
+    """
+    makers = (_integer_product, _integer_linear) if dtype == "int8" else (partial(_float_product, dtype),)
+    found, refusals = [], []
+    with _threads(cores):
+        for make in makers:
+            try:
+                found.append(_product(make, SECONDS / len(makers)))
+            except RuntimeError as error:
+                refusals.append(error)
+    if not found:
+        raise refusals[0]
+    return max(found)
+
+
+def _product(make: Callable[[int], Callable[[], object]], seconds: float) -> float:
+    """Of one kernel, made for a side."""
+    best, spent = 0.0, 0.0
+    for side in SIZES:
+        work = make(side)
+        started = time.perf_counter()
+        taken = _best(work, seconds / len(SIZES))
+        best = max(best, 2 * side**3 / taken / 1e9)
+        spent += time.perf_counter() - started
+        if spent + 8 * taken > 2 * seconds:  # the next size takes eight times as long
+            break
+    return best
+
+
+def _float_product(dtype: str, side: int) -> Callable[[], object]:
     import torch
 
-    product = torch._int_mm if dtype == "int8" else torch.mm
-    best, spent = 0.0, 0.0
-    with _threads(cores):
-        for side in SIZES:
-            matrix = torch.ones(side, side, dtype=getattr(torch, dtype))
-            started = time.perf_counter()
-            seconds = _best(partial(product, matrix, matrix), SECONDS / len(SIZES))
-            best = max(best, 2 * side**3 / seconds / 1e9)
-            spent += time.perf_counter() - started
-            if spent + 8 * seconds > 2 * SECONDS:  # the next size takes eight times as long
-                break
-    return best
+    matrix = torch.ones(side, side, dtype=getattr(torch, dtype))
+    return partial(torch.mm, matrix, matrix)
+
+
+def _integer_product(side: int) -> Callable[[], object]:
+    import torch
+
+    matrix = torch.ones(side, side, dtype=torch.int8)
+    return partial(torch._int_mm, matrix, matrix)
+
+
+def _integer_linear(side: int) -> Callable[[], object]:
+    import torch
+
+    weight, given = torch.ones(side, side, dtype=torch.int8), torch.ones(side, side, dtype=torch.uint8)
+    try:
+        packed = torch.ops.onednn.qlinear_prepack(weight, None)
+    except AttributeError as error:  # a torch without oneDNN
+        raise RuntimeError(str(error)) from error
+    scale, zero = torch.ones(side), torch.zeros(side, dtype=torch.int32)
+    # No bias; scale, zero point and type of the output; no activation.
+    after: tuple[object, ...] = (None, 1.0, 0, torch.uint8, "none", [], "")
+    return partial(torch.ops.onednn.qlinear_pointwise, given, 1.0, 0, packed, scale, zero, *after)
 
 
 def _best(work: Callable[[], object], seconds: float) -> float:
@@ -165,7 +226,7 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _file() -> Path:
-    key = hashlib.sha256(f"{machine().fingerprint()} torch {_torch_version()}".encode()).hexdigest()[:16]
+    key = hashlib.sha256(f"{machine().fingerprint()} torch {_torch_version()} {METHOD}".encode()).hexdigest()[:16]
     return cache_root() / "peaks" / f"{key}.json"
 
 
