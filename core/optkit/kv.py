@@ -1,8 +1,9 @@
-"""Keys and values as a KV cache of 8 bits keeps them, and models that compute with such a cache.
+"""Keys and values as a KV cache of 8 or 16 bits keeps them, and models that compute with such a cache.
 
-Vocabulary and rounding are those of compressed-tensors' `kv_cache_scheme`: a key `k` is kept as `round(k / scale)`,
-clamped to `[-128, 127]`, or as the E4M3 number next to `k / scale`, and read back as that times `scale`. Keys are
-rounded as the cache gets them, after rotary angles.
+Vocabulary and rounding of 8 bits are those of compressed-tensors' `kv_cache_scheme`: a key `k` is kept as
+`round(k / scale)`, clamped to `[-128, 127]`, or as the E4M3 number next to `k / scale`, and read back as that times
+`scale`. Without a scale it is kept as the bfloat16 number next to `k`. Keys are rounded as the cache gets them, after
+rotary angles.
 """
 
 from __future__ import annotations
@@ -27,26 +28,28 @@ __all__ = [
 ]
 
 
-def compress(values: Tensor, scale: Tensor, scheme: CacheScheme) -> Tensor:
+def compress(values: Tensor, scale: Tensor | None, scheme: CacheScheme) -> Tensor:
     """Keys or values as the cache keeps them.
 
     Args:
         values: `[..., heads, tokens, dim]` float.
-        scale: `[heads, 1, 1]` float, or `[1]` for all heads.
+        scale: `[heads, 1, 1]` float, or `[1]` for all heads; None of a scheme without.
         scheme: what to round to.
 
     Returns:
         The same shape, in the scheme's dtype.
     """
+    if scale is None:
+        return values.to(scheme.dtype)
     divided = values / scale
     if scheme.type == "float":
         return divided.clamp(-FP8_MAX, FP8_MAX).to(scheme.dtype)
     return divided.round().clamp(-128, 127).to(scheme.dtype)
 
 
-def decompress(kept: Tensor, scale: Tensor) -> Tensor:
-    """The float keys or values that kept ones stand for, in the dtype of `scale`; shapes as for `compress`."""
-    return kept.to(scale.dtype) * scale
+def decompress(kept: Tensor, scale: Tensor | None) -> Tensor:
+    """What kept keys or values stand for, in the dtype of `scale`, float32 without one; shapes as for `compress`."""
+    return kept.float() if scale is None else kept.to(scale.dtype) * scale
 
 
 def attention_layers(module: nn.Module) -> dict[str, nn.Module]:
@@ -89,22 +92,28 @@ class _Between:
         return getattr(self._cache, name)
 
 
-def round_cache(attention: nn.Module, scheme: CacheScheme, key_scale: Tensor, value_scale: Tensor) -> None:
-    """Let an attention layer see its keys and values as a cache of 8 bits keeps them, from now on.
+def round_cache(
+    attention: nn.Module, scheme: CacheScheme, key_scale: Tensor | None = None, value_scale: Tensor | None = None
+) -> None:
+    """Let an attention layer see its keys and values as a cache of 8 or 16 bits keeps them, from now on.
 
-    The layer gets buffers `k_scale` and `v_scale`, which a `weights` folder keeps.
+    The layer gets buffers `k_scale` and `v_scale` if there are scales, which a `weights` folder keeps.
 
     Args:
         attention: a layer of `attention_layers`, changed in place.
         scheme: of the cache.
-        key_scale: `[heads, 1, 1]` float32, or `[1]` where all heads share it.
+        key_scale: `[heads, 1, 1]` float32, or `[1]` where all heads share it; None of a scheme without.
         value_scale: likewise.
 
     Raises:
-        ValueError: a scale has another shape, or is not positive and finite.
+        ValueError: a scale has another shape, is not positive and finite, or is none of the scheme's.
     """
     layer: Any = attention
     for name, scale in (("k_scale", key_scale), ("v_scale", value_scale)):
+        if (scale is None) != (scheme.granularity is None):
+            raise ValueError(f"{name} is missing, or the scheme has no scales")
+        if scale is None:
+            continue
         wanted = (scale.numel(), 1, 1) if scheme.granularity == "head" else (1,)
         if scale.shape != wanted or not (scale.isfinite() & (scale > 0)).all():
             raise ValueError(f"{name} has the shape {tuple(scale.shape)}, or is not positive and finite")
@@ -116,7 +125,10 @@ def _round(attention: Any, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     scheme = attention.cache_scheme
     key, value = (
         decompress(compress(given, scale, scheme), scale).to(given.dtype)
-        for given, scale in ((key, attention.k_scale), (value, attention.v_scale))
+        for given, scale in (
+            (key, getattr(attention, "k_scale", None)),
+            (value, getattr(attention, "v_scale", None)),
+        )
     )
     return key, value
 

@@ -8,12 +8,23 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["FP8_MAX", "SHAPES_ENTRY", "ActivationScheme", "CacheScheme", "WeightScheme"]
+__all__ = [
+    "BFLOAT16_CACHE",
+    "CACHE_ENTRY",
+    "FP8_MAX",
+    "SHAPES_ENTRY",
+    "ActivationScheme",
+    "CacheScheme",
+    "WeightScheme",
+]
 
 FP8_MAX = 448.0
 """The largest E4M3 number (Micikevicius et al., FP8 Formats for Deep Learning, arXiv:2209.05433)."""
 SHAPES_ENTRY = "optkit_shapes"
 """The entry of a `config.json` that says which layers have other shapes than the rest of it gives."""
+CACHE_ENTRY = "optkit_kv_cache"
+"""The entry of a `config.json` that says how a cache without scales keeps keys and values, for which compressed-tensors
+has no words."""
 Granularity = Literal["channel", "group"]
 
 
@@ -73,21 +84,28 @@ class ActivationScheme:
 
 @dataclass(frozen=True, slots=True)
 class CacheScheme:
-    """How a KV cache keeps keys and values: 8 bits, symmetric, with scales that calibration found."""
+    """How a KV cache keeps keys and values: in 8 bits, symmetric, with scales that calibration found, or bfloat16."""
 
-    type: Literal["int", "float"] = "int"
+    type: Literal["int", "float", "bfloat16"] = "int"
     """`float`: E4M3."""
-    granularity: Literal["head", "tensor"] = "head"
-    """What shares a scale in a layer: the keys, or values, of one head, or of all heads."""
+    granularity: Literal["head", "tensor"] | None = "head"
+    """What shares a scale in a layer: the keys, or values, of one head, or of all heads. None of bfloat16, which has no
+    scales."""
 
     @property
     def dtype(self) -> torch.dtype:
         """Of what is kept."""
         import torch
 
-        return torch.int8 if self.type == "int" else torch.float8_e4m3fn
+        return {"int": torch.int8, "float": torch.float8_e4m3fn, "bfloat16": torch.bfloat16}[self.type]
 
     @property
     def tag(self) -> str:
-        """The `kv:*` tag of this format: `kv:int8-head`, `kv:fp8-tensor`."""
+        """The `kv:*` tag of this format: `kv:int8-head`, `kv:fp8-tensor`, `kv:bfloat16`."""
+        if self.granularity is None:
+            return f"kv:{self.type}"
         return f"kv:{'int8' if self.type == 'int' else 'fp8'}-{self.granularity}"
+
+
+BFLOAT16_CACHE = CacheScheme("bfloat16", None)
+"""The only one without scales."""

@@ -25,6 +25,7 @@ from optkit.recipe import (
     Recipe,
     RecipeKeys,
 )
+from optkit.schemes import BFLOAT16_CACHE
 from optkit.steps import Limits
 from optkit.transforms import Transform
 
@@ -309,7 +310,8 @@ def _estimate(
         work = max(work, use.options.work_bytes(step.card))
     last, tags = (steps[-1].card, steps[-1].tags) if steps else (card, card.tags)
     token_seconds = _token_seconds(card)
-    cached = 1 if any(tag.startswith("kv:") for tag in tags) else _FLOAT
+    quantized = 1 if any(tag.startswith("kv:") for tag in tags) else _FLOAT
+    cached = 2 if BFLOAT16_CACHE.tag in tags else quantized
     measuring = task.demand(recipe, card, limits, token_seconds, cached)
     # The baseline stays loaded beside the model that is worked on.
     memory = floats + largest + max(work, measuring.memory_bytes + recipe.backend.options.runtime_bytes(last, stored))

@@ -15,6 +15,7 @@ from optkit.model import Model, ModelCard
 from optkit.schemes import SHAPES_ENTRY
 from optkit.sources import Source
 from optkit.weights import CAUSAL_LM, FEATURE_EXTRACTION, IMAGE_CLASSIFICATION, files_beside, sentence_files, task_tag
+from optkit.weights.cache import entry_tags
 from optkit.weights.compressed import stored_tags
 from optkit.weights.images import PREPARATION, labels_of, pixels_of
 
@@ -315,11 +316,11 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _weight_tags(config: Mapping[str, Any]) -> frozenset[str]:
-    stored = config.get("quantization_config")
+    stored, cache = config.get("quantization_config"), entry_tags(config)
     if stored is None:
-        return frozenset({"weights:float"})
+        return frozenset({"weights:float"}) | cache
     try:
-        return stored_tags(stored) | {"weights:float"}
+        return stored_tags(stored) | {"weights:float"} | cache
     except ValueError:
         return frozenset({f"weights:{stored.get('quant_method', 'quantized')}"})
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from optkit.errors import DamagedError, MissingError, OptkitError
 from optkit.model import Model
 from optkit.schemes import SHAPES_ENTRY
-from optkit.weights.cache import restore_cache
+from optkit.weights.cache import cache_args, describe_cache, restore_cache, restore_entry
 from optkit.weights.compressed import quantization_config, schemes_of, stored_tags, tensors_of, unpacked
 from optkit.weights.facts import FEATURE_EXTRACTION, IMAGE_CLASSIFICATION, files_beside, tags_of, task_tag
 
@@ -38,7 +38,6 @@ def save_folder(model: Model, directory: Path) -> None:
     from huggingface_hub import save_torch_state_dict
 
     from optkit import shapes
-    from optkit.kv import cache_scheme
     from optkit.quantized import QuantizedConv2d, quantized_layers
 
     quiet_transformers()
@@ -57,8 +56,9 @@ def save_folder(model: Model, directory: Path) -> None:
     save_torch_state_dict(state, directory, max_shard_size="4GB")
     module.config.architectures = [type(module).__name__]
     shapes.describe(module)
+    describe_cache(module)
     module.config.save_pretrained(directory)
-    if quantized or cache_scheme(module):
+    if quantized or cache_args(module):
         config = json.loads((directory / "config.json").read_text())
         config["quantization_config"] = quantization_config(module, quantized, at_load="modules.json" in model.files)
         (directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -97,6 +97,7 @@ def load_folder(directory: Path, *, tags: frozenset[str] | None = None) -> Model
         own = stored is not None and stored.get("quant_method") != "bitsandbytes"
         own = own or hasattr(config, SHAPES_ENTRY)
         module = _load_own(directory, config) if own else _load_float(directory, config)
+        restore_entry(module)
         files = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
         has_tokenizer = any((directory / name).is_file() for name in files)
         tokenizer = transformers.AutoTokenizer.from_pretrained(directory) if has_tokenizer else None

@@ -1,14 +1,16 @@
-"""A KV cache of 8 bits: a quarter of the memory for each token that is kept."""
+"""A KV cache of 8 or 16 bits: a quarter of the memory for each token that is kept, or half."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
+
+from pydantic import model_validator
 
 from optkit.errors import OptkitError, RecipeError
 from optkit.model import Model, ModelCard
-from optkit.schemes import FP8_MAX, CacheScheme
+from optkit.schemes import BFLOAT16_CACHE, FP8_MAX, CacheScheme
 from optkit.transforms import Transform, TransformContext
 
 if TYPE_CHECKING:
@@ -20,17 +22,20 @@ __all__ = ["KVCache"]
 
 
 class KVCache(Transform):
-    """Keeps keys and values as int8 or fp8 with static scales, so that the same memory holds four times the tokens.
+    """Keeps keys and values in 8 bits, so that the same memory holds four times the tokens, or in 16: twice as many.
 
-    The scale of a head is the largest magnitude that calibration shows, over half the range. Keys are taken after
-    rotary angles, as the cache has them, and each layer is calibrated behind the rounded ones before it. Weights stay
-    as they are. transformers loads the folder and rounds likewise.
+    `bfloat16` has neither scales nor data to learn from, and loses least.
+    `int8` and `fp8` have static scales. That of a head is the largest magnitude that calibration shows, over half the
+    range. Keys are taken after rotary angles, as the cache has them, and each layer is calibrated behind the rounded
+    ones before it. Weights stay as they are. transformers loads the folder and rounds to 8 bits likewise; bfloat16 it
+    does not know, and keeps keys and values in the precision in which it computes.
 
-    Costs two passes over the calibration data, about 2 s for each window of 512 tokens with 135 M parameters on two
+    Calibration costs two passes over its data, about 2 s for each window of 512 tokens with 135 M parameters on two
     idle cores, and the memory of one block. SmolLM2-135M then loses about half a percent of perplexity, as int8 or as
-    fp8. Comes last: what changes the weights of attention afterwards leaves the scales behind. Not for a cache that
-    fits anyway, since attention reads floats again and nothing gets faster; and not for latent attention (DeepSeek),
-    whose cache holds neither keys nor values.
+    fp8. Comes last: what changes the weights of attention afterwards leaves the scales behind. For speed only with
+    `backend: {torch: {kernels: native}}` and long contexts, where reading the cache takes the time; elsewhere attention
+    reads floats again and nothing gets faster. Not for latent attention (DeepSeek), whose cache holds neither keys nor
+    values.
 
     Paper: Hooper et al., KVQuant: Towards 10 Million Context Length LLM Inference with KV Cache Quantization,
     arXiv:2401.18079 (calibrated scales; here 8 bits, by head). Format: `kv_cache_scheme` of compressed-tensors 0.20.
@@ -38,17 +43,29 @@ class KVCache(Transform):
 
     requires = frozenset({"task:causal-lm"})
     conflicts = frozenset({"kv:*"})
-    calibration = True
 
-    dtype: Literal["int8", "fp8"] = "int8"
+    dtype: Literal["int8", "fp8", "bfloat16"] = "int8"
     """What one key or value is kept as; `fp8` is E4M3."""
-    granularity: Literal["head", "tensor"] = "head"
-    """What shares a scale in a layer: the keys, or values, of one head, or of all heads."""
+    granularity: Literal["head", "tensor"] | None = None
+    """What shares a scale in a layer: the keys, or values, of one head, or of all heads. By default those of a head;
+    `bfloat16` has no scales."""
+
+    @model_validator(mode="after")
+    def _fit(self) -> Self:
+        if self.dtype == "bfloat16" and self.granularity is not None:
+            raise ValueError("granularity is about scales, and bfloat16 has none; leave it out")
+        return self
+
+    @property
+    def calibration(self) -> bool:  # type: ignore[override]  # whether it learns from data is a matter of its options
+        return self.dtype != "bfloat16"
 
     @property
     def scheme(self) -> CacheScheme:
         """How keys and values are kept."""
-        return CacheScheme("int" if self.dtype == "int8" else "float", self.granularity)
+        if self.dtype == "bfloat16":
+            return BFLOAT16_CACHE
+        return CacheScheme("int" if self.dtype == "int8" else "float", self.granularity or "head")
 
     def provides(self) -> frozenset[str]:
         return frozenset({self.scheme.tag})
@@ -65,6 +82,10 @@ class KVCache(Transform):
         if not layers:
             name = type(model.module).__name__
             raise OptkitError("has no attention that writes a KV cache of transformers", where=name)
+        if self.scheme.granularity is None:
+            for layer in layers.values():
+                round_cache(layer, self.scheme)
+            return model.tagged(*self.provides())
         for block in walk(model.module, context, list(layers)):
             for name, scales in self._scales(block, {name: layers[name] for name in block.names}).items():
                 round_cache(layers[name], self.scheme, *scales)
@@ -104,7 +125,8 @@ class KVCache(Transform):
 
         if not torch.isfinite(largest).all():
             raise OptkitError("a key or value is not finite on the calibration data", where=name)
-        largest = largest.float().view(-1, 1, 1) if self.granularity == "head" else largest.float().amax().view(1)
+        largest = largest.float()
+        largest = largest.view(-1, 1, 1) if self.scheme.granularity == "head" else largest.amax().view(1)
         scale = largest / (FP8_MAX if self.dtype == "fp8" else 127.5)
         return torch.where(scale > 0, scale, torch.ones_like(scale))
 
@@ -112,7 +134,7 @@ class KVCache(Transform):
 def _refuse_latents(names: Iterable[str]) -> None:
     if found := next((name for name in names if name.endswith(".kv_a_proj_with_mqa")), None):
         raise RecipeError(
-            "the model caches latents of its keys and values, which have no scales of heads",
+            "the model caches latents in place of its keys and values",
             found=found,
             remedy="leave kv_cache out",
         )

@@ -64,6 +64,24 @@ def test_estimates_follow_the_recipe(desk):
     assert small.seconds > 0
 
 
+def test_a_cache_of_bfloat16_is_estimated_at_half(desk):
+    changes = {"max_length": 256, "kv_cache_tokens": 100_000}
+    plain, half = (
+        plan_of(desk, transforms=transforms, **changes)
+        for transforms in ([], [{"quantize.kv_cache": {"dtype": "bfloat16"}}])
+    )
+    assert half.lowering["kv:bfloat16"].native
+    assert half.recipe.calibration is None
+    saved = plain.estimate.memory_bytes - half.estimate.memory_bytes
+    assert saved == 100_000 * plain.card.kv_values_per_token * 2
+
+
+def test_a_cache_that_a_runtime_cannot_keep_is_refused(desk):
+    transforms = [{"quantize.kv_cache": {"dtype": "bfloat16"}}]
+    with pytest.raises(RecipeError, match=r"kv:bfloat16.*its attention kernel for the CPU keeps float32 or int8"):
+        plan_of(desk, transforms=transforms, backend="onnxruntime")
+
+
 def test_no_weights_are_read_and_no_runtime_is_imported(desk, tmp_path):
     model = tmp_path / "headers"
     shutil.copytree(desk.model, model)

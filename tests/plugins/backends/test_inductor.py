@@ -50,5 +50,6 @@ def test_it_conforms(compiler, kind, weights, tiny_llama, tiny_bert):
 
 
 @pytest.mark.slow
-def test_a_quantized_kv_cache_conforms(compiler, tiny_llama):
-    check_backend(compiler, KVCache(dtype="int8").apply(tiny_llama(), context(texts(*[24] * 4))))
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+def test_a_quantized_kv_cache_conforms(compiler, dtype, tiny_llama):
+    check_backend(compiler, KVCache(dtype=dtype).apply(tiny_llama(), context(texts(*[24] * 4))))

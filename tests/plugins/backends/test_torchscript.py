@@ -145,6 +145,7 @@ TRANSFORMS = {
     "int4": lambda model: RTN(bits=4, granularity="group", group_size=32).apply(model, context(texts())),
     "int8-dynamic": lambda model: Int8Dynamic().apply(model, context(texts())),
     "kv-int8": lambda model: KVCache(dtype="int8").apply(model, context(texts(*[24] * 4))),
+    "kv-bfloat16": lambda model: KVCache(dtype="bfloat16").apply(model, context(texts())),
 }
 
 

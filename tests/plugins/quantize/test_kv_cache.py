@@ -18,7 +18,7 @@ from optkit.checkpoints import Checkpoint
 from optkit.errors import DamagedError, OptkitError, RecipeError
 from optkit.kv import attention_layers, compress, decompress, round_cache, rounding_layers, stop_rounding
 from optkit.model import Model
-from optkit.schemes import CacheScheme
+from optkit.schemes import BFLOAT16_CACHE, CACHE_ENTRY, CacheScheme
 from optkit.transforms import TransformContext
 from optkit.weights import load_folder, save_folder
 from optkit_quantize.kv_cache import KVCache
@@ -78,6 +78,23 @@ def test_rounding_agrees_with_the_reference(heads, tokens, kind, shared, size, o
         assert read[head, token, channel] == pytest.approx(stored[head, token, channel] * step, rel=1e-6)
 
 
+@given(
+    values=st.lists(st.floats(width=32, allow_nan=False, allow_subnormal=False), min_size=1, max_size=20),
+    bits=st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=20),
+)
+def test_bfloat16_is_the_nearest_number_with_ties_to_even(values, bits):
+    # Numbers half way between two, and their neighbours, besides any.
+    halves = (np.array(bits, np.uint32) << 16 | 0x8000)[:, None] + np.array([-1, 0, 1])
+    halves = halves.astype(np.uint32).view(np.float32).ravel()
+    given = np.concatenate([np.array(values, np.float32), halves[np.isfinite(halves) & (abs(halves) > 1e-37)]])
+    kept = compress(torch.from_numpy(given), None, BFLOAT16_CACHE)
+    assert kept.dtype is torch.bfloat16
+    fraction, exponent = np.frexp(given.astype(np.float64))
+    wanted = np.ldexp(np.rint(fraction * 256) / 256, exponent)
+    wanted[abs(wanted) >= 2.0**128] *= np.inf
+    np.testing.assert_array_equal(decompress(kept, None).double().numpy(), wanted)
+
+
 @pytest.mark.parametrize(("dtype", "granularity"), SCHEMES)
 def test_scales_cover_what_is_cached_after_the_layers_before_were_rounded(tiny_llama, dtype, granularity):
     calibration = texts(30, 17)
@@ -105,7 +122,7 @@ def test_a_head_without_numbers_has_scale_one(tiny_llama):
     assert model.module.model.layers[0].self_attn.v_scale.flatten().tolist() == [1, 1]
 
 
-@pytest.mark.parametrize(("dtype", "granularity"), SCHEMES)
+@pytest.mark.parametrize(("dtype", "granularity"), [*SCHEMES, ("bfloat16", None)])
 def test_the_model_computes_with_rounded_keys_and_values(tiny_llama, dtype, granularity):
     exact = tiny_llama().module(TOKENS).logits
     model = KVCache(dtype=dtype, granularity=granularity).apply(tiny_llama(), context())
@@ -114,11 +131,33 @@ def test_the_model_computes_with_rounded_keys_and_values(tiny_llama, dtype, gran
     parts = [model.module(part, past_key_values=cache).logits for part in TOKENS.split([20, 1, 16], dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-4 * whole.abs().max().item())
     distance = ((whole - exact).norm() / exact.norm()).item()
-    assert 1e-4 < distance < (0.05 if dtype == "int8" else 0.1)
+    assert 1e-4 < distance < {"int8": 0.05, "fp8": 0.1, "bfloat16": 0.02}[dtype]
     for keys, values in cached(model.module, {"input_ids": TOKENS}):
-        assert max(len(head.unique()) for head in (*keys, *values)) <= 256
+        if dtype == "bfloat16":
+            assert all(torch.equal(part.bfloat16().float(), part) for part in (keys, values))
+        else:
+            assert max(len(head.unique()) for head in (*keys, *values)) <= 256
     stop_rounding(model.module)
     assert torch.equal(model.module(TOKENS).logits, exact)
+
+
+def test_bfloat16_needs_no_data_and_is_read_again(tiny_llama, tmp_path):
+    options = KVCache(dtype="bfloat16")
+    assert (options.calibration, options.forward_passes(), options.provides()) == (False, 0, {"kv:bfloat16"})
+    assert (KVCache().calibration, KVCache().scheme.granularity) == (True, "head")
+    model = options.apply(tiny_llama(), TransformContext(lambda *_: None))
+    assert not any(name.endswith("_scale") for name in model.module.state_dict())
+    wanted = model.module(TOKENS).logits
+    save_folder(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config[CACHE_ENTRY] == "bfloat16"
+    assert "quantization_config" not in config
+    card = HuggingFace(model=str(tmp_path)).inspect()
+    assert card.tags == model.tags
+    again = load_folder(tmp_path, tags=model.tags)
+    assert torch.equal(again.module(TOKENS).logits, wanted)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(theirs(TOKENS).logits, tiny_llama().module(TOKENS).logits)
 
 
 @pytest.mark.parametrize("weights", [None, {}, {"bits": 4, "granularity": "group", "group_size": 32}], ids=str)
@@ -167,6 +206,29 @@ def test_caches_of_another_kind_are_refused(tiny_llama, tmp_path, change, words)
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(DamagedError, match=words):
         load_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kept", "entry"), [("bfloat16", "float8"), ("bfloat16", {"num_bits": 16}), ("int8", "bfloat16")], ids=str
+)
+def test_an_entry_of_another_kind_is_refused(tiny_llama, tmp_path, kept, entry):
+    save_folder(KVCache(dtype=kept).apply(tiny_llama(), context()), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {CACHE_ENTRY: entry}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DamagedError, match=r"optkit_kv_cache is .*optkit has bfloat16, in place of kv_cache_scheme"):
+        load_folder(tmp_path)
+
+
+def test_bfloat16_goes_with_quantized_weights(tiny_llama, tmp_path):
+    model = RTN(bits=4, granularity="group", group_size=32).apply(tiny_llama(), context())
+    model = KVCache(dtype="bfloat16").apply(model, context())
+    wanted = model.module(TOKENS).logits
+    save_folder(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config[CACHE_ENTRY], config["quantization_config"]["kv_cache_scheme"]) == ("bfloat16", None)
+    again = load_folder(tmp_path, tags=model.tags)
+    assert torch.equal(again.module(TOKENS).logits, wanted)
+    assert HuggingFace(model=str(tmp_path)).inspect().tags == model.tags
 
 
 def test_a_run_that_was_cut_off_goes_on_and_gives_the_same(tiny_llama, tmp_path):
@@ -231,7 +293,11 @@ def test_latent_attention_is_refused_when_planned_and_when_applied(tmp_path):
             refused()
 
 
-@pytest.mark.parametrize("options", [{"dtype": "int4"}, {"granularity": "channel"}, {"bits": 8}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"dtype": "int4"}, {"granularity": "channel"}, {"bits": 8}, {"dtype": "bfloat16", "granularity": "head"}],
+    ids=str,
+)
 def test_wrong_options_are_refused(options):
     with pytest.raises(ValidationError):
         KVCache(**options)
@@ -245,7 +311,7 @@ def test_comes_once(tiny_llama):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "most"), [("int8", 1.01), ("fp8", 1.02)])
+@pytest.mark.parametrize(("dtype", "most"), [("int8", 1.01), ("fp8", 1.02), ("bfloat16", 1.002)])
 def test_a_real_model_predicts_nearly_as_well(smollm2, dtype, most):
     from optkit.builtin.gguf import GGUF
     from optkit.builtin.texts import PythonReference

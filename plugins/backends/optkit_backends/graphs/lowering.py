@@ -11,7 +11,11 @@ from optkit_backends.tasks import other_task
 __all__ = ["graph_lowering"]
 
 ACTIVATIONS = re.compile(r"activations:(int8|fp8)-(dynamic|static)(-asym)?")
-CACHES = ("kv:int8-head", "kv:int8-tensor")
+CACHES = {
+    "kv:int8-head": "int8 blocks, dequantized",
+    "kv:int8-tensor": "int8 blocks, dequantized",
+    "kv:bfloat16": "bfloat16 blocks, widened",
+}
 
 
 def graph_lowering(tags: frozenset[str], linear: str, dequantized: str) -> Mapping[str, Lowering]:
@@ -52,9 +56,11 @@ def _activations(tag: str) -> Lowering:
 
 def _cache(tag: str) -> Lowering:
     if tag not in CACHES:
-        return _impossible("it keeps keys and values as float32 or int8; how fp8 is read as bytes cannot be traced")
+        return _impossible(
+            "it keeps keys and values as float32, bfloat16 or int8; how fp8 is read as bytes cannot be traced"
+        )
     # Likewise: SmolLM2-135M shows 0.006.
-    return Lowering("paged attention over int8 blocks, dequantized when read", native=True, tolerance=0.02)
+    return Lowering(f"paged attention over {CACHES[tag]} when read", native=True, tolerance=0.02)
 
 
 def _impossible(reason: str) -> Lowering:

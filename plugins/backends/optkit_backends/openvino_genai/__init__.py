@@ -60,7 +60,7 @@ class OpenVINOGenAI(Backend):
         for tag in sorted(tag for tag in tags if tag.startswith("activations:")):
             lowered[tag] = _impossible("it multiplies float32 activations")
         for tag in sorted(tag for tag in tags if tag.startswith("kv:")):
-            lowered[tag] = _impossible("its paged attention takes no scales of a calibrated cache")
+            lowered[tag] = _impossible("its paged attention keeps keys and values as float32")
         return lowered | other_task(tags, {CAUSAL_LM}, "only causal language models run on it")
 
     def runtime_bytes(self, card: ModelCard, weight_bytes: int) -> int:

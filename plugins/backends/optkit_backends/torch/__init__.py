@@ -19,7 +19,7 @@ from optkit_backends.tasks import other_task
 __all__ = ["Torch"]
 
 ACTIVATIONS = re.compile(r"activations:(int8|fp8)-(dynamic|static)(-asym)?")
-CACHES = re.compile(r"kv:(int8|fp8)-(head|tensor)")
+CACHES = re.compile(r"kv:((int8|fp8)-(head|tensor)|bfloat16)")
 
 
 class Torch(Backend):
@@ -108,9 +108,11 @@ def _activations(tag: str) -> Lowering:
 def _cache(tag: str) -> Lowering:
     match = CACHES.fullmatch(tag)
     if match is None:
-        return Lowering("", native=False, reason="it keeps keys and values as float32, int8 or fp8")
+        return Lowering("", native=False, reason="it keeps keys and values as float32, bfloat16, int8 or fp8")
     # Numbers next to a half round to the other neighbour where sums go in another order: 0.006 on SmolLM2-135M.
-    kernel = f"paged attention over {match[1]} blocks, dequantized when read"
+    if match[2] is None:
+        return Lowering("paged attention over bfloat16 blocks, widened when read", native=True, tolerance=0.02)
+    kernel = f"paged attention over {match[2]} blocks, dequantized when read"
     return Lowering(kernel, native=True, tolerance=0.02)
 
 

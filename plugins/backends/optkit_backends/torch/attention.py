@@ -177,13 +177,16 @@ class PagedAttention:
 def kept(module: Any, scale: str, given: Tensor) -> Tensor:
     """Keys or values `[heads, tokens, dim]` as the pool holds them."""
     scheme = getattr(module, "cache_scheme", None)
-    return given if scheme is None else _as(compress(given, getattr(module, scale), scheme), torch.int8)
+    if scheme is None:
+        return given
+    made = compress(given, getattr(module, scale, None), scheme)
+    return _as(made, torch.int8) if made.dtype.itemsize == 1 else made
 
 
 def read(module: Any, scale: str, held: Tensor) -> Tensor:
     """The floats that some of the pool stands for."""
     scheme = getattr(module, "cache_scheme", None)
-    return held if scheme is None else decompress(_as(held, scheme.dtype), getattr(module, scale))
+    return held if scheme is None else decompress(_as(held, scheme.dtype), getattr(module, scale, None))
 
 
 def _as(held: Tensor, dtype: torch.dtype) -> Tensor:

@@ -17,6 +17,7 @@ from optkit_backends.room import blocks_that_fit
 __all__ = ["BLOCK_SIZE", "LayerShape", "Pool", "PooledSession"]
 
 BLOCK_SIZE = 16
+_DTYPES: dict[torch.dtype, type[np.generic]] = {torch.float32: np.float32, torch.bfloat16: np.int16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +42,8 @@ class Pool:
 
     Attributes:
         blocks: how many there are.
-        keys: of each layer `[heads, places, key_dim]`: float32, or the bytes of a dtype of one byte as int8, because
-            torch cannot index E4M3 numbers.
+        keys: of each layer `[heads, places, key_dim]`: float32, bfloat16, or the bytes of a dtype of one byte as int8,
+            because torch cannot index E4M3 numbers.
         values: of each layer `[heads, places, value_dim]`, likewise.
     """
 
@@ -73,11 +74,15 @@ class Pool:
 
     def _zeros(self, layer: LayerShape, dim: int) -> Tensor:
         # numpy's zeros are pages that the kernel gives when they are written; torch writes all of them at once.
-        dtype = np.float32 if layer.dtype is torch.float32 else np.int8
-        return torch.from_numpy(np.zeros((layer.heads, self.blocks * BLOCK_SIZE, dim), dtype))
+        dtype = _DTYPES.get(layer.dtype, np.int8)
+        made = torch.from_numpy(np.zeros((layer.heads, self.blocks * BLOCK_SIZE, dim), dtype))
+        return made.view(layer.dtype) if dtype is np.int16 else made
 
     def read(self, blocks: Sequence[int]) -> npt.NDArray[np.generic]:
-        """A copy of some blocks, `[blocks, numbers]`: layer by layer the keys, then the values likewise."""
+        """A copy of some blocks, `[blocks, numbers]`: layer by layer the keys, then the values likewise.
+
+        bfloat16 comes as int16, since numpy has no such numbers.
+        """
         ids = torch.tensor(blocks, dtype=torch.long)
         parts = [whole[:, ids].transpose(0, 1).flatten(1) for whole in self._by_block()]
         contents: npt.NDArray[np.generic] = torch.cat(parts, dim=1).numpy()
@@ -101,8 +106,11 @@ class Pool:
             whole[:, targets] = whole[:, sources]
 
     def _by_block(self) -> list[Tensor]:
-        """Views `[heads, blocks, numbers]`."""
-        return [whole.view(len(whole), self.blocks, -1) for whole in (*self.keys, *self.values)]
+        """Views `[heads, blocks, numbers]`, of dtypes that numpy has."""
+        return [
+            (whole.view(torch.int16) if whole.dtype is torch.bfloat16 else whole).view(len(whole), self.blocks, -1)
+            for whole in (*self.keys, *self.values)
+        ]
 
 
 class PooledSession(TokenSession):
