@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -30,6 +31,9 @@ from optkit_backends.onnxruntime import OnnxRuntime
 from optkit_backends.openvino import OpenVINO
 from optkit_backends.openvino_genai import OpenVINOGenAI
 from optkit_backends.torch import Torch
+from optkit_backends.torch.native.building import best_instructions
+from optkit_backends.torch.native.layout import Instructions
+from optkit_backends.torch.native.session import NativeSession
 from optkit_batching.continuous import Continuous
 from optkit_quantize.kv_cache import KVCache
 from tests.architectures import SHAPE
@@ -37,7 +41,7 @@ from tests.architectures import SHAPE
 A, B = tuple(range(10, 50)), tuple(range(40, 47))
 LIMITS = Limits(max_batch_size=4, max_length=64)
 TORCH = [("torch", dtype, granularity) for dtype in ("int8", "fp8") for granularity in ("head", "tensor")]
-TORCH += [("torch", "bfloat16", None)]
+TORCH += [("torch", "bfloat16", None), ("native", "bfloat16", None), ("native", "int8", "head")]
 ONNX = [("onnxruntime", "int8", granularity) for granularity in ("head", "tensor")]
 OTHERS: dict[str, Callable[[], Any]] = {
     "mistral-window": lambda: transformers.MistralConfig(**SHAPE, sliding_window=7),
@@ -47,7 +51,8 @@ OTHERS: dict[str, Callable[[], Any]] = {
     ),
     "gpt2": lambda: transformers.GPT2Config(vocab_size=160, n_embd=64, n_layer=2, n_head=4, n_positions=128),
 }
-BACKENDS = {"torch": Torch(), "onnxruntime": OnnxRuntime(threads=1)}
+NATIVE = Torch(kernels="native", threads=2)
+BACKENDS = {"torch": Torch(), "native": NATIVE, "onnxruntime": OnnxRuntime(threads=1)}
 E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double().numpy()
 E4M3 = np.unique(E4M3[np.isfinite(E4M3)])
 
@@ -152,6 +157,9 @@ class Case:
 
 @pytest.fixture(scope="module", params=[*TORCH, *ONNX], ids=lambda names: "-".join(filter(None, names)))
 def case(request, tiny_llama, tmp_path_factory):
+    missing = BACKENDS[request.param[0]].unavailable()
+    if missing is not None:
+        pytest.skip(missing)
     made = Case(*request.param, tiny_llama, tmp_path_factory.mktemp("case"))
     with made.session:
         yield made
@@ -286,6 +294,57 @@ def test_other_architectures_keep_it_too(kind, dtype, tmp_path):
         assert session.read_blocks([0]).dtype == (np.int16 if dtype == "bfloat16" else np.int8)
     wanted = model.module(torch.tensor([A])).logits[0].numpy()
     assert distance(np.concatenate(found), wanted) < (1e-2 if dtype == "fp8" else 1e-3)
+
+
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    heads=st.tuples(st.integers(1, 3), st.integers(1, 4) | st.just(26)),
+    dim=st.sampled_from([2, 6, 16, 20, 24, 50]),
+    lengths=st.lists(st.integers(2, 60), min_size=1, max_size=3),
+    dtype=st.sampled_from(["int8", "bfloat16"]),
+    seed=st.integers(0, 99),
+)
+@pytest.mark.parametrize("instructions", list(Instructions), ids=lambda one: one.title)
+def test_native_attention_of_any_shape_is_that_of_float64(
+    heads, dim, lengths, dtype, seed, instructions, tmp_path_factory
+):
+    if (missing := NATIVE.unavailable()) is not None:
+        pytest.skip(missing)
+    if instructions > best_instructions():
+        pytest.skip(f"this processor has no {instructions.title}")
+    torch.manual_seed(seed)
+    queries = heads[0] * heads[1]
+    shape = {
+        "num_key_value_heads": heads[0],
+        "num_attention_heads": queries,
+        "head_dim": dim,
+        "hidden_size": 8 * queries,
+    }
+    config = transformers.LlamaConfig(**SHAPE | shape | {"num_hidden_layers": 1, "initializer_range": 0.1})
+    reference: Any = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    model = quantized(Model(copy.deepcopy(reference), None, frozenset()), dtype, None)
+    folder = tmp_path_factory.mktemp("weights")
+    save_folder(model, folder)
+    reference.config.reference = references(model, dtype)
+    reference.set_attn_implementation("tests_rounded")
+    texts = [tuple(torch.randint(0, config.vocab_size, (length,)).tolist()) for length in lengths]
+    cuts = [max(1, len(text) - 1 - seed % 3) for text in texts]  # one token or a few come in a second step
+    blocks = [tuple(range(4 * i + 3, 4 * i - 1, -1)) for i in range(len(texts))]
+    with NativeSession(folder, LIMITS, threads=2, instructions=instructions) as session:
+
+        def part(*bounds: tuple[int, int]) -> tuple[np.ndarray, ...]:
+            spans = zip(texts, bounds, blocks, strict=True)
+            rows = (Row(i, text[a:b], a, own, "all") for i, (text, (a, b), own) in enumerate(spans))
+            return session.execute(StepPlan(tuple(rows))).logits
+
+        begun = part(*((0, cut) for cut in cuts))
+        ended = part(*((cut, len(text)) for cut, text in zip(cuts, texts, strict=True)))
+    for text, logits in zip(texts, map(np.concatenate, zip(begun, ended, strict=True)), strict=True):
+        reference.config.near = []
+        with torch.inference_mode():
+            wanted = reference(torch.tensor([text])).logits[0].numpy()
+        # Sums in another order may round a number that is half way to its other neighbour.
+        assert distance(logits, wanted) < (1e-5 if min(reference.config.near) > 2e-6 else 1e-2)
 
 
 @pytest.mark.parametrize("kind", ["mistral-window", "qwen3"])

@@ -18,6 +18,7 @@ from torch import nn
 
 from optkit.engine import Engine, Request, SamplingParams
 from optkit.errors import MachineError, RecipeError
+from optkit.model import Model
 from optkit.quantized import ActivationScheme, QuantizedLinear, WeightScheme
 from optkit.steps import Limits, Row, StepPlan
 from optkit.testing import check_backend
@@ -55,6 +56,7 @@ FORMATS = {
     "int8 static": [Int8Static()],
     "w4a8": [W4A8(group_size=32)],
     "int8 cache": [KVCache()],
+    "bfloat16 cache": [KVCache(dtype="bfloat16")],
     "int8 dynamic and cache": [Int8Dynamic(ignore=()), KVCache()],
 }
 ACTIVATIONS = [
@@ -173,7 +175,7 @@ def product(layer, input, instructions):
 
 
 STEPS = [
-    *((format, one) for format in ("int8 dynamic and cache", "w4a8") for one in Instructions),
+    *((format, one) for format in ("int8 dynamic and cache", "w4a8", "bfloat16 cache") for one in Instructions),
     ("int4 group", Instructions.AVX2),
     ("int4 group", Instructions.AVX512_VNNI),
 ]
@@ -198,7 +200,43 @@ def test_any_schedule_gives_the_same_bits(session, data):
         np.testing.assert_array_equal(logits, whole)
 
 
-@pytest.mark.parametrize("format", ["float", "int8 dynamic", "int8 cache", "int4 group"])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    heads=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    dim=st.sampled_from([2, 6, 16, 20, 24, 50]),
+    lengths=st.lists(st.integers(1, 60), min_size=1, max_size=4),
+    seed=st.integers(0, 99),
+)
+def test_bfloat16_blocks_hold_the_nearest_numbers(heads, dim, lengths, seed, instructions, tmp_path_factory):
+    torch.manual_seed(seed)
+    # Keys and values of the first layer do not depend on the cache.
+    queries = heads[0] * heads[1]
+    shape = {
+        "num_key_value_heads": heads[0],
+        "num_attention_heads": queries,
+        "head_dim": dim,
+        "hidden_size": 8 * queries,
+    }
+    config = transformers.LlamaConfig(**SHAPE | shape | {"num_hidden_layers": 1})
+    module = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    rows = [
+        Row(i, tuple(torch.randint(0, config.vocab_size, (length,)).tolist()), 0, tuple(range(4 * i, 4 * i + 4)))
+        for i, length in enumerate(lengths)
+    ]
+    held = []
+    for transforms in ([], [KVCache(dtype="bfloat16")]):
+        model = Model(module, None, frozenset())
+        for transform in transforms:
+            model = transform.apply(model, context(texts()))
+        with opened(model, tmp_path_factory.mktemp("weights"), instructions=instructions) as session:
+            run(session, *rows)
+            held.append(session.read_blocks(range(4 * len(rows))))
+    floats, numbers = held
+    assert 2 * numbers.nbytes == floats.nbytes
+    np.testing.assert_array_equal(numbers, torch.from_numpy(floats).bfloat16().view(torch.int16).numpy())
+
+
+@pytest.mark.parametrize("format", ["float", "int8 dynamic", "int8 cache", "bfloat16 cache", "int4 group"])
 def test_neither_threads_nor_instructions_change_what_is_said(format, tiny_llama, tmp_path):
     model = transformed(tiny_llama(), format)
     given = []
@@ -314,6 +352,12 @@ def test_layers_of_two_matrices_and_uneven_heads_are_refused(tiny_llama, tmp_pat
         opened(model, tmp_path / "heads")
 
 
+def test_a_cache_of_fp8_is_refused_when_opened_too(tiny_llama, tmp_path):
+    model = KVCache(dtype="fp8").apply(tiny_llama(), context(texts(24)))
+    with pytest.raises(RecipeError, match="this model keeps keys and values as fp8-head; take kernels: eager"):
+        opened(model, tmp_path)
+
+
 def test_a_sum_of_integers_that_could_overflow_is_refused(tiny_llama, tmp_path):
     model = Int8Dynamic().apply(tiny_llama(num_hidden_layers=1, intermediate_size=32784), context(texts(24)))
     with pytest.raises(
@@ -343,6 +387,9 @@ def test_lowering_says_which_kernel_runs_or_why_none_can():
     assert set(lowered) == tags | {"pruned:rank"}
     assert not any(how.possible for how in lowered.values())
     assert all(how.reason for how in lowered.values())
+    for tag, kept in {"kv:bfloat16": "bfloat16 blocks, widened", "kv:int8-head": "int8 blocks, dequantized"}.items():
+        how = BACKEND.lowering(frozenset({tag}))[tag]
+        assert (how.kernel, how.native) == (f"native paged attention over {kept} when read", True)
     lowered = BACKEND.lowering(frozenset({"weights:int4-group", "activations:int8-dynamic"}))
     assert {tag: (how.kernel, how.native) for tag, how in lowered.items()} == {
         "weights:int4-group": ("native product (int4 weights)", True),

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from optkit.errors import RecipeError
 from optkit.quantized import QuantizedLinear
-from optkit_backends.torch.native.layout import TILE, Instructions, Layer, Linear, Model, pack
+from optkit_backends.torch.native.layout import CACHES, TILE, Instructions, Layer, Linear, Model, pack
 from optkit_backends.torch.native.lowering import ARCHITECTURES
 from optkit_backends.torch.pool import BLOCK_SIZE, LayerShape, Pool
 
@@ -93,7 +93,7 @@ class Decoder:
 
     def use(self, pool: Pool) -> None:
         """Let the layers keep keys and values in a pool made of `shapes`, which must outlive the model."""
-        self.model.blocks = pool.blocks
+        self.model.blocks, self.model.cache = pool.blocks, CACHES[self.shapes[0].dtype]
         for layer, keys, values in zip(self._layers, pool.keys, pool.values, strict=True):
             layer.keys, layer.values = keys.data_ptr(), values.data_ptr()
 
@@ -110,7 +110,7 @@ class Decoder:
             to.query_norm, to.key_norm = self._norm(attention.q_norm), self._norm(attention.k_norm)
         for name, path in _LINEARS.items():
             setattr(to, name, self._linear(f"model.layers.{index}.{path}", layer.get_submodule(path)))
-        if getattr(attention, "cache_scheme", None) is not None:
+        if hasattr(attention, "k_scale"):
             heads = self.shapes[index].heads
             to.key_scale = self._pointer(attention.k_scale.flatten().expand(heads))
             to.value_scale = self._pointer(attention.v_scale.flatten().expand(heads))
@@ -153,10 +153,13 @@ class Decoder:
         return self._keep[-1].data_ptr()
 
     def _shape(self, attention: Any) -> LayerShape:
-        scheme = getattr(attention, "cache_scheme", None)
+        scheme: Any = getattr(attention, "cache_scheme", None)
         heads = attention.k_proj.weight.shape[0] // self._dim
         padded = -(-self._dim // TILE) * TILE
-        return LayerShape(heads, self._dim, padded, torch.float32 if scheme is None else scheme.dtype)
+        dtype = torch.float32 if scheme is None else scheme.dtype
+        if dtype not in CACHES:
+            raise self._refused(f"keeps keys and values as {scheme.tag.removeprefix('kv:')}")
+        return LayerShape(heads, self._dim, padded, dtype)
 
     def _check_kind(self) -> None:
         if self._config.model_type not in ARCHITECTURES:

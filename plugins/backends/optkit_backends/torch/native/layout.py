@@ -12,10 +12,12 @@ from torch import Tensor, nn
 
 from optkit.quantized import QuantizedLinear
 
-__all__ = ["TILE", "Instructions", "Layer", "Linear", "Model", "Step", "pack"]
+__all__ = ["CACHES", "TILE", "Instructions", "Layer", "Linear", "Model", "Step", "pack"]
 
 TILE = 16
 """Output columns that are packed together, and tokens of a KV block."""
+CACHES = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}
+"""`Cache` in `csrc/shapes.h`, by the dtype of keys and values."""
 _FLOAT32, _INT8, _INT4, _INT8_STEPS, _INT4_STEPS = range(5)
 _KEPT, _SYMMETRIC, _SHIFTED, _FIXED = range(4)
 
@@ -69,6 +71,7 @@ class Model(ctypes.Structure):
         *((name, c_int64) for name in ("ffn", "vocabulary", "blocks")),
         *((name, c_float) for name in ("eps", "embedding_factor", "attention_factor", "logit_cap")),
         ("gate", c_int32),
+        ("cache", c_int32),
     )
 
 

@@ -14,7 +14,11 @@ ARCHITECTURES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma
 """Decoders whose every detail the kernels have, as transformers calls them."""
 _INTEGERS = re.compile(r"weights:int([2-8])-(channel|group)(-asym)?")
 _ACTIVATIONS = re.compile(r"activations:int8-(dynamic|static)(-asym)?")
-_CACHES = frozenset({"kv:int8-head", "kv:int8-tensor"})
+_CACHES = {
+    "kv:int8-head": "int8 blocks, dequantized",
+    "kv:int8-tensor": "int8 blocks, dequantized",
+    "kv:bfloat16": "bfloat16 blocks, widened",
+}
 
 
 def lowering(tags: frozenset[str]) -> Mapping[str, Lowering]:
@@ -55,8 +59,8 @@ def _activations(tag: str, tags: frozenset[str]) -> Lowering:
 
 def _cache(tag: str) -> Lowering:
     if tag not in _CACHES:
-        return _impossible("the native kernels keep keys and values as float32 or int8")
-    return Lowering("native paged attention over int8 blocks, dequantized when read", native=True, tolerance=0.02)
+        return _impossible("the native kernels keep keys and values as float32, bfloat16 or int8")
+    return Lowering(f"native paged attention over {_CACHES[tag]} when read", native=True, tolerance=0.02)
 
 
 def _impossible(reason: str) -> Lowering:

@@ -23,6 +23,12 @@ enum Rounding : int32_t {
   FIXED = 3,      // int8 by a scale and zero point of the layer
 };
 
+enum Cache : int32_t {
+  FLOATS = 0,    // float32
+  BFLOATS = 1,   // bfloat16, the upper half of float32
+  INTEGERS = 2,  // int8, with a scale for each head
+};
+
 enum Gate : int32_t { SILU = 0, GELU_TANH = 1 };
 
 struct Linear {
@@ -49,8 +55,8 @@ struct Layer {
   const float* cosines;         // [max_length][rotary_dim / 2]
   const float* sines;
   void* keys;                   // [kv_heads][blocks][head_dim][BLOCK]
-  void* values;                 // [kv_heads][blocks][BLOCK][head_dim]
-  const float* key_scale;       // [kv_heads] of int8 caches, or null: float32
+  void* values;                 // [kv_heads][blocks][BLOCK][head_dim, padded to whole tiles]
+  const float* key_scale;       // [kv_heads] of int8 caches, or null
   const float* value_scale;
   Linear query, key, value, out, gate, up, down;
   int64_t window;               // last tokens seen; 0 for all
@@ -64,6 +70,7 @@ struct Model {
   int64_t layer_count, hidden, heads, kv_heads, head_dim, rotary_dim, ffn, vocabulary, blocks;
   float eps, embedding_factor, attention_factor, logit_cap;  // logit_cap: 0 for none
   int32_t gate;
+  int32_t cache;
 };
 
 // One step: all new tokens on one axis, row after row.
