@@ -17,7 +17,7 @@ PYTHON ?= $(shell for name in python3.11 python3.12 python3.13 python3; do "$$na
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: test-gpu bench-quantizers bench-pruners bench-recovery bench-encoders bench-runtimes bench-cpu-lm help quickstart bench-quickstart bench-continuous bench-scheduler bench-serving install test test-slow test-nightly test-soak test-clients lint types layers docs docs-check check clean
+.PHONY: test-gpu bench-quantizers bench-pruners bench-recovery bench-encoders bench-runtimes bench-cpu-lm bench-growth help quickstart bench-quickstart bench-continuous bench-scheduler bench-serving install test test-slow test-nightly test-soak test-clients lint types layers docs docs-check check clean
 
 help: ## list the targets
 	@echo "make TARGET, where TARGET is one of"
@@ -100,6 +100,11 @@ bench-encoders: .venv/.core ## measure sentence encoding beside int8 of ONNX Run
 
 bench-cpu-lm: .venv/.dev ## measure SmolLM2 beside llama.cpp, OpenVINO GenAI and onnxruntime-genai, into benchmarks/
 	.venv/bin/python benchmarks/cpu_lm/cpu_lm.py .cache/cpu_lm $(ARGS)
+	@echo "Next: git diff benchmarks"
+
+bench-growth: .venv/.dev ## measure how a step of the native kernels grows with concurrency, context and model, and draw it
+	@$(INSTALL) -e '.[bench]' || { $(pip_failed); exit 1; }
+	.venv/bin/python benchmarks/cpu_lm/growth.py .cache/growth $(ARGS)
 	@echo "Next: git diff benchmarks"
 
 bench-runtimes: .venv/.dev ## measure every installed runtime on one language model and one encoder, into benchmarks/
