@@ -61,7 +61,7 @@ TINYLLAMA: dict[str, Any] = {
 ROTATE, TOKENS = TOKENWISE  # random weights are as good unrotated
 # The format that gptq with int8 activations gives, without its data and minutes.
 HALVES = {"quantize.w4a8": {"group_size": HALF_BYTES["group_size"], "ignore": []}}
-KEPT = {"quantize.kv_cache": {"dtype": "int8"}}
+KEPT = {dtype: {"quantize.kv_cache": {"dtype": dtype}} for dtype in ("bfloat16", "int8")}
 SHORT, CHUNK, LONGEST = 128, 512, 8192
 SECONDS = 0.4
 """Each step is repeated for so long in a block, or a few times if it takes long."""
@@ -91,7 +91,8 @@ class Variant:
 VARIANTS = (
     Variant(SMALL, "float32", (), NATIVE),
     Variant(SMALL, "int8", (ROTATE, TOKENS), NATIVE),
-    Variant(SMALL, "int8, int8 KV", (ROTATE, TOKENS, KEPT), NATIVE),
+    Variant(SMALL, "int8, bfloat16 KV", (ROTATE, TOKENS, KEPT["bfloat16"]), NATIVE),
+    Variant(SMALL, "int8, int8 KV", (ROTATE, TOKENS, KEPT["int8"]), NATIVE),
     Variant(SMALL, "int4", (HALVES,), NATIVE),
     Variant(LARGE, "int8", (TOKENS,), NATIVE),
 )
