@@ -42,8 +42,8 @@ def exact_int8() -> bool:
     not kept them to 7 bits, products are off by a fifth.
     """
     full = torch.full((64, 64), 127, dtype=torch.int8)
-    out = torch.empty(64, 64)
-    handler = ops.create_onednn_scaled_mm(full.t(), torch.ones(64), torch.float32, True, False)
+    out, scales = torch.empty(64, 64), torch.ones(64)  # the handler may point at the scales, and must not outlive them
+    handler = ops.create_onednn_scaled_mm(full.t(), scales, torch.float32, True, False)
     ops.onednn_scaled_mm(handler, full, out, torch.ones(64, 1), None, None, None)
     return bool((out == 64 * 127 * 127).all())
 
