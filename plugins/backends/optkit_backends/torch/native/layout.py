@@ -111,7 +111,7 @@ def pack(layer: nn.Module, instructions: Instructions, keep: list[Tensor]) -> Li
     made.rounding, made.input_scale, made.input_zero = _rounding(layer)
     if layer.scheme.bits <= 4:
         made.storage = _INT4 if made.rounding == _KEPT else _INT4_STEPS
-        packed = _halves(weight, 2) if made.rounding == _KEPT else _halves(_padded(weight, made.group, 4), 4)
+        packed = _pairs(weight) if made.rounding == _KEPT else _halves(_padded(weight, made.group, 8))
     elif made.rounding == _KEPT:
         made.storage, packed = _INT8, _by_step(weight, 2)
     elif instructions == Instructions.AVX512_VNNI:
@@ -167,10 +167,16 @@ def _by_step(weight: Tensor, step: int) -> Tensor:
     return tiles.reshape(len(tiles), TILE, -1, step).transpose(1, 2)
 
 
-def _halves(weight: Tensor, step: int) -> Tensor:
-    """The same of unsigned integers of 4 bits, two in a byte."""
-    steps = (_by_step(weight, step) + 8).to(torch.uint8)
-    return steps[..., ::2] | (steps[..., 1::2] << 4)
+def _pairs(weight: Tensor) -> Tensor:
+    """`[tiles, in / 2, TILE]` of unsigned integers of 4 bits: two features in a byte."""
+    steps = (_by_step(weight, 2) + 8).to(torch.uint8)
+    return steps[..., 0] | (steps[..., 1] << 4)
+
+
+def _halves(weight: Tensor) -> Tensor:
+    """`[tiles, steps, TILE, 4]`: bytes with four features in their low halves, and the next four in the high ones."""
+    steps = (_by_step(weight, 8) + 8).to(torch.uint8)
+    return steps[..., :4] | (steps[..., 4:] << 4)
 
 
 def _by_column(numbers: Tensor) -> Tensor:

@@ -55,8 +55,8 @@ class Arena {
   size_t next_ = 0;
 };
 
-// Bytes of a row of integers: two for a feature, as groups of two take when padded to four, and a vector to write over.
-int64_t integer_width(int64_t features) { return (2 * features + 127) / 64 * 64; }
+// Bytes of a row of integers: four for a feature, as groups of two take when padded to eight, and a vector to write over.
+int64_t integer_width(int64_t features) { return (4 * features + 127) / 64 * 64; }
 
 struct Decoder {
   Model model;

@@ -13,7 +13,7 @@ enum Storage : int32_t {
   INT4 = 2,  // [tiles][in / 2][16] bytes: the even feature plus 8 in the low half, the odd one in the high
   // For int8 inputs, each group padded to whole steps of an integer product (see vectors.inc):
   INT8_STEPS = 3,  // [tiles][steps][16][2] int8; with AVX-512 [tiles][steps][16][4] uint8, plus 128
-  INT4_STEPS = 4,  // [tiles][steps][16][2] bytes: four features plus 8, the first in the low half of the first
+  INT4_STEPS = 4,  // [tiles][steps][16][4] bytes: four features plus 8 in low halves, the next four in high halves
 };
 
 enum Rounding : int32_t {
