@@ -48,3 +48,14 @@ def other(config, folder):
     model = Model(module, None, frozenset())
     save_folder(model, folder)
     return model
+
+
+def attention_shape(heads, dim):
+    """Entries of a configuration: so many key heads, query heads for each of them, and numbers of a head."""
+    queries = heads[0] * heads[1]
+    return {
+        "num_key_value_heads": heads[0],
+        "num_attention_heads": queries,
+        "head_dim": dim,
+        "hidden_size": 8 * queries,
+    }

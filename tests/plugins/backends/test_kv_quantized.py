@@ -36,7 +36,7 @@ from optkit_backends.torch.native.layout import Instructions
 from optkit_backends.torch.native.session import NativeSession
 from optkit_batching.continuous import Continuous
 from optkit_quantize.kv_cache import KVCache
-from tests.architectures import SHAPE
+from tests.architectures import SHAPE, attention_shape
 
 A, B = tuple(range(10, 50)), tuple(range(40, 47))
 LIMITS = Limits(max_batch_size=4, max_length=64)
@@ -313,14 +313,9 @@ def test_native_attention_of_any_shape_is_that_of_float64(
     if instructions > best_instructions():
         pytest.skip(f"this processor has no {instructions.title}")
     torch.manual_seed(seed)
-    queries = heads[0] * heads[1]
-    shape = {
-        "num_key_value_heads": heads[0],
-        "num_attention_heads": queries,
-        "head_dim": dim,
-        "hidden_size": 8 * queries,
-    }
-    config = transformers.LlamaConfig(**SHAPE | shape | {"num_hidden_layers": 1, "initializer_range": 0.1})
+    config = transformers.LlamaConfig(
+        **SHAPE | attention_shape(heads, dim) | {"num_hidden_layers": 1, "initializer_range": 0.1}
+    )
     reference: Any = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     model = quantized(Model(copy.deepcopy(reference), None, frozenset()), dtype, None)
     folder = tmp_path_factory.mktemp("weights")

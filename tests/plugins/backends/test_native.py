@@ -34,7 +34,7 @@ from optkit_quantize.kv_cache import KVCache
 from optkit_quantize.rtn import RTN
 from optkit_quantize.w4a8 import W4A8
 from tests.architectures import OTHERS as KNOWN
-from tests.architectures import SHAPE, other
+from tests.architectures import SHAPE, attention_shape, other
 from tests.calibrating import context, texts
 from tests.scheduling import in_any_steps
 from tests.shaping import behead, factored, narrow
@@ -210,14 +210,7 @@ def test_any_schedule_gives_the_same_bits(session, data):
 def test_bfloat16_blocks_hold_the_nearest_numbers(heads, dim, lengths, seed, instructions, tmp_path_factory):
     torch.manual_seed(seed)
     # Keys and values of the first layer do not depend on the cache.
-    queries = heads[0] * heads[1]
-    shape = {
-        "num_key_value_heads": heads[0],
-        "num_attention_heads": queries,
-        "head_dim": dim,
-        "hidden_size": 8 * queries,
-    }
-    config = transformers.LlamaConfig(**SHAPE | shape | {"num_hidden_layers": 1})
+    config = transformers.LlamaConfig(**SHAPE | attention_shape(heads, dim) | {"num_hidden_layers": 1})
     module = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     rows = [
         Row(i, tuple(torch.randint(0, config.vocab_size, (length,)).tolist()), 0, tuple(range(4 * i, 4 * i + 4)))
