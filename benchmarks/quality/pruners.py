@@ -80,7 +80,7 @@ def of_decoder() -> dict[str, Transforms]:
     found["structured ffn, 25% of parameters"] = [{"prune.structured": quarter}]
     found["layers 25%"] = [{"prune.layers": {"ratio": 0.25, "by": "perplexity", "tokens": 512}}]
     # A third of the query heads of each KV group is the only share of three that is between none and most of them.
-    heads = {"parts": ["heads"], "ratio": 0.34, "importance": "activation"}
+    heads = {"parts": ["heads"], "ratio": 0.333, "importance": "activation"}
     found["structured heads 1/3"] = [{"prune.structured": heads}]
     return found
 
