@@ -194,7 +194,9 @@ class Sampler:
 
 def finite_rows(logits: Logits) -> npt.NDArray[np.bool_]:
     """Which rows can be sampled, `[rows]`: those without NaN and plus infinity, and not minus infinity throughout."""
-    finite: npt.NDArray[np.bool_] = np.isfinite(logits.max(axis=1))
+    # NaN is the greatest to argmax, which numpy has in vectors: several times as fast as max along an axis.
+    likeliest = logits.argmax(axis=1)
+    finite: npt.NDArray[np.bool_] = np.isfinite(logits[np.arange(len(logits)), likeliest])
     return finite
 
 
