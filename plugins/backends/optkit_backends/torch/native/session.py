@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from itertools import pairwise
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from optkit_backends.torch.pool import Pool, PooledSession
 from optkit_backends.torch.probe import page
 
 __all__ = ["NativeSession"]
+
+_OUTSIDE = 2  # what `optkit_step` says of numbers that would make it read or write somewhere else
 
 
 class NativeSession(PooledSession):
@@ -65,28 +67,25 @@ class NativeSession(PooledSession):
 
     def _run(self, plan: StepPlan, seconds: Any) -> StepResult:
         rows = plan.rows
-        counts = np.array([0, *(len(row.tokens) for row in rows)], np.int32)
-        starts = counts.cumsum(dtype=np.int32)
-        tokens = np.array([token for row in rows for token in row.tokens], np.int32)
-        computed = np.array([row.computed for row in rows], np.int32)
-        table = np.zeros((len(rows), max(len(row.blocks) for row in rows)), np.int32)
-        kept: list[int] = []
-        ends = [0]
-        for index, row in enumerate(rows):
-            table[index, : len(row.blocks)] = row.blocks
-            kept += range(starts[index] + row.wanted.start, starts[index] + row.wanted.stop)
+        tokens = [token for row in rows for token in row.tokens]
+        width = max(len(row.blocks) for row in rows)
+        starts, ends, table, kept = [0], [0], [], []
+        for row in rows:
+            wanted = row.wanted
+            kept += range(starts[-1] + wanted.start, starts[-1] + wanted.stop)
+            starts.append(starts[-1] + len(row.tokens))
             ends.append(len(kept))
-        caps = self.caps
-        if min(tokens.min(), table.min()) < 0 or tokens.max() >= caps.vocab_size or table.max() >= caps.blocks:
-            # Compiled code would read or write somewhere else.
-            raise IndexError("a step with tokens that the vocabulary, or blocks that the cache, does not have")
-        places = np.array(kept, np.int32)
+            table += (*row.blocks, *(0,) * (width - len(row.blocks)))
+        parts = (tokens, starts, [row.computed for row in rows], table, kept)
+        # One array: what a call costs counts where a step is of one token.
+        numbers = np.array(list(chain.from_iterable(parts)), np.int32)
         logits = np.empty((len(kept), self.caps.vocab_size), np.float32)
-        arrays = (tokens, starts, computed, table, places, logits)
-        step = Step(
-            *(array.ctypes.data for array in arrays), seconds, len(tokens), len(rows), table.shape[1], len(kept)
-        )
-        if self._library.optkit_step(self._handle, ctypes.byref(step)):
+        places = accumulate((4 * len(part) for part in parts[:-1]), initial=numbers.ctypes.data)
+        step = Step(*places, logits.ctypes.data, seconds, len(tokens), len(rows), width, len(kept))
+        error = self._library.optkit_step(self._handle, ctypes.byref(step))
+        if error == _OUTSIDE:
+            raise IndexError("a step with tokens that the vocabulary, or blocks that the cache, does not have")
+        if error:
             raise MachineError("no memory for a step", found=f"{len(tokens)} tokens")
         return StepResult(tuple(logits[a:b] for a, b in pairwise(ends)))
 

@@ -171,8 +171,14 @@ int optkit_product(const Linear* layer, const float* in, int64_t rows, float* ou
   }
 }
 
-// 0, or 1 where memory is missing.
+// 0; 1 where memory is missing; 2 for tokens that the vocabulary, or blocks that the cache, does not have.
 int optkit_step(Decoder* decoder, const Step* step) {
+  auto outside = [](const int32_t* numbers, int64_t count, int64_t end) {
+    return std::any_of(numbers, numbers + count, [end](int32_t number) { return number < 0 || number >= end; });
+  };
+  if (outside(step->tokens, step->token_count, decoder->model.vocabulary) ||
+      outside(step->table, step->row_count * step->width, decoder->model.blocks))
+    return 2;
   try {
     Call call = {decoder, step, decoder->buffers(step->token_count)};
     team_run(decoder->team, run, &call);
