@@ -57,7 +57,8 @@ SHARED: dict[str, Any] = {
     "gates": [],
 }
 GROUPS = [{"quantize.rtn": {"bits": 8, "granularity": "group", "group_size": 64, "ignore": []}}]
-TOKENWISE = [{"quantize.rotate": {}}, {"quantize.int8_dynamic": {"ignore": [], "symmetric": False}}]
+CACHE = {"quantize.kv_cache": {"dtype": "bfloat16"}}  # the peers' caches have 16 bits too, or 8
+TOKENWISE = [{"quantize.rotate": {}}, {"quantize.int8_dynamic": {"ignore": [], "symmetric": False}}, CACHE]
 HALF_BYTES = {"bits": 4, "granularity": "group", "group_size": 32, "ignore": []}
 LEARNT = {"samples": 32, "sequence_length": 512}
 NATIVE = {"torch": {"kernels": "native"}}
@@ -69,7 +70,7 @@ OURS: dict[str, dict[str, Any]] = {
     | {"transforms": [{"quantize.gptq": HALF_BYTES}], "backend": NATIVE, "calibration": LEARNT},
     "optkit, native, int4": SHARED
     | {
-        "transforms": [{"quantize.gptq": HALF_BYTES | {"activations": "int8"}}],
+        "transforms": [{"quantize.gptq": HALF_BYTES | {"activations": "int8"}}, CACHE],
         "backend": NATIVE,
         "calibration": LEARNT,
     },
