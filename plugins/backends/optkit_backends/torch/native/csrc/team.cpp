@@ -12,13 +12,17 @@ static void rest() { std::this_thread::yield(); }
 #endif
 
 namespace {
-// About 20 microseconds: longer than the others usually take, and too short to be in the way of other processes.
-constexpr int SPINS = 1000;
+// About 20 microseconds: longer than the others usually take.
+constexpr int INSIDE = 1000;
+// About half a millisecond: longer than a caller usually takes to plan the next step of a text, of which waking up
+// would be a hundredth. Other threads that want the processor get it meanwhile.
+constexpr int BETWEEN = 25000, PATIENCE = 250;
 
-void wait_while(const std::atomic<uint32_t>& counter, uint32_t old) {
-  for (int i = 0; i < SPINS; i++) {
+void wait_while(const std::atomic<uint32_t>& counter, uint32_t old, int spins) {
+  for (int i = 1; i <= spins; i++) {
     if (counter.load(std::memory_order_acquire) != old) return;
     rest();
+    if (i % PATIENCE == 0) std::this_thread::yield();
   }
   while (counter.load(std::memory_order_acquire) == old) counter.wait(old, std::memory_order_acquire);
 }
@@ -42,7 +46,7 @@ struct Team {
 
   void serve(int thread) {
     for (uint32_t seen = 0;; seen++) {
-      calls.wait(seen, std::memory_order_acquire);
+      wait_while(calls, seen, BETWEEN);
       if (closing) return;
       work(given, thread);
       meet();
@@ -56,7 +60,7 @@ struct Team {
       taken.store(0, std::memory_order_relaxed);
       advance(meetings);
     } else {
-      wait_while(meetings, meeting);
+      wait_while(meetings, meeting, INSIDE);
     }
   }
 
