@@ -69,7 +69,9 @@ class NativeSession(PooledSession):
         rows = plan.rows
         tokens = [token for row in rows for token in row.tokens]
         width = max(len(row.blocks) for row in rows)
-        starts, ends, table, kept = [0], [0], [], []
+        starts, ends = [0], [0]
+        table: list[int] = []
+        kept: list[int] = []
         for row in rows:
             wanted = row.wanted
             kept += range(starts[-1] + wanted.start, starts[-1] + wanted.stop)
