@@ -16,7 +16,7 @@ from torch import nn
 from optkit import hardware
 from optkit.errors import DamagedError, MachineError, RecipeError
 from optkit.plugins import Plugins
-from optkit.steps import Limits, Row, StepPlan, TensorSpec
+from optkit.steps import Limits, TensorSpec
 from optkit_backends.aot_inductor import AOTInductor
 from optkit_backends.aot_inductor.compiling import compile_tensors
 from tests.damaging import HARMS, damage
@@ -129,17 +129,3 @@ def test_without_a_compiler_it_says_what_to_install(monkeypatch):
     assert (BACKEND.unavailable(), BACKEND.uncompilable()) == (None, expected)
     plugins = Plugins.load(third_party=False)
     assert plugins.state(plugins.find("backend", "aot_inductor")) == expected
-
-
-@compiles
-@pytest.mark.slow
-def test_profile_names_every_linear_layer(tiny_llama, tmp_path):
-    model = tiny_llama(num_hidden_layers=1)
-    BACKEND.compile(model, tmp_path)
-    with BACKEND.open(tmp_path, tmp_path, LIMITS) as session:
-        times = session.profile(StepPlan((Row(1, tuple(range(40)), 0, (0, 1, 2)), Row(2, (7,), 0, (3,)))))
-    linears = {name: layer for name, layer in model.module.named_modules() if isinstance(layer, nn.Linear)}
-    found = {time.layer: time for time in times if time.layer in linears}
-    assert set(found) == set(linears)
-    assert all(found[name].weight_bytes == layer.weight.nbytes for name, layer in linears.items())
-    assert any("fused" in time.kernel for time in times)

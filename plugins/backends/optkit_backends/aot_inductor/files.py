@@ -40,7 +40,7 @@ class PackagedDecoder(DecoderFacts):
 class PackagedTensors(TensorFacts):
     """Of the package of any other model."""
 
-    FORMAT: ClassVar[int] = 1
+    FORMAT: ClassVar[int] = 2
     FILES: ClassVar[tuple[str, ...]] = (PACKAGE,)
 
     processor: str

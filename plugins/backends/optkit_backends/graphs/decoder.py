@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from optkit.kv import stop_rounding
 from optkit.steps import Row
 from optkit_backends.graphs.launch import Launch, cache_of
+from optkit_backends.graphs.timing import linears_of
 from optkit_backends.positional import shallow_copy
 from optkit_backends.torch.attention import kept, read
 from optkit_backends.torch.dense import make_dense
@@ -93,21 +94,7 @@ class DecoderGraph:
 
     def linears(self) -> list[tuple[str, int]]:
         """Paths of the linear layers and bytes of their weights, in the order in which they run."""
-        found: list[tuple[str, int]] = []
-        hooks = [
-            layer.register_forward_hook(
-                lambda layer, *_, name=name: found.append((name.removeprefix("module."), layer.weight.nbytes))
-            )
-            for name, layer in self.step.named_modules()
-            if isinstance(layer, nn.Linear)
-        ]
-        try:
-            with torch.inference_mode():
-                self.step(*self.inputs())
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return found
+        return linears_of(self.step.get_submodule("module"), lambda: self.step(*self.inputs()))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -63,5 +63,7 @@ class TensorFacts(Recorded):
     """By name, dtype and shape."""
     outputs: Described
     """Likewise, in the order in which they come."""
+    linears: list[tuple[str, int]]
+    """Paths of the linear layers and bytes of their weights, in the order in which they run."""
     torch: str
     """The version that compiled it."""

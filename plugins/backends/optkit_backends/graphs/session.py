@@ -81,7 +81,8 @@ class GraphTensorSession(TensorSession):
 
     PROFILED: ClassVar[Profiled]
 
-    def __init__(self, inputs: Described, outputs: Described) -> None:
+    def __init__(self, inputs: Described, outputs: Described, linears: Sequence[tuple[str, int]]) -> None:
+        self._linears = linears
         self.inputs = {name: TensorSpec(dtype, tuple(shape)) for name, (dtype, shape) in inputs.items()}
         self.outputs = {name: TensorSpec(dtype, tuple(shape)) for name, (dtype, shape) in outputs.items()}
 
@@ -96,4 +97,4 @@ class GraphTensorSession(TensorSession):
 
     def profile(self, inputs: Mapping[str, npt.NDArray[np.generic]]) -> list[KernelTime]:
         self.run(inputs)  # warm up
-        return self.PROFILED.times(lambda: self.run(inputs), ())
+        return self.PROFILED.times(lambda: self.run(inputs), self._linears)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from optkit.errors import RecipeError
 from optkit.model import Model
+from optkit_backends.graphs.timing import linears_of
 from optkit_backends.positional import Positional, call_of, outputs_of, shallow_copy
 from optkit_backends.torch.dense import make_dense
 
@@ -26,6 +27,8 @@ class TensorGraph:
 
     name: str
     """Of its class, for errors."""
+    inner: nn.Module
+    """A copy of it, which `module` calls."""
     module: nn.Module
     """In evaluation mode; called with the tensors of `example` by position, it gives a tuple of those of `outputs`."""
     example: Mapping[str, Tensor]
@@ -36,8 +39,8 @@ class TensorGraph:
     @classmethod
     def of_model(cls, model: Model) -> Self:
         """A transformers model that answers in one call, which stays as it is; see `call_of`."""
-        call, name = call_of(model), type(model.module).__name__
-        return cls._of(call.around(shallow_copy(model.module)), name, call.example, list(call.outputs), call.dynamic)
+        call, inner = call_of(model), shallow_copy(model.module)
+        return cls._of(inner, call.around(inner), call.example, list(call.outputs), call.dynamic)
 
     @classmethod
     def of(
@@ -55,22 +58,23 @@ class TensorGraph:
         """
         with torch.inference_mode():
             outputs = list(outputs_of(module(**example)))
-        name = type(module).__name__
         if not outputs:
+            name = type(module).__name__
             raise RecipeError("gives no tensors", where=name, remedy="let it return a tensor, or several")
-        return cls._of(shallow_copy(module), name, example, outputs, dynamic or dict.fromkeys(example, (0,)))
+        inner = shallow_copy(module)
+        return cls._of(inner, inner, example, outputs, dynamic or dict.fromkeys(example, (0,)))
 
     @classmethod
     def _of(
         cls,
+        inner: nn.Module,
         module: nn.Module,
-        name: str,
         example: Mapping[str, Tensor],
         outputs: list[str],
         sizes: Mapping[str, Sequence[int]],
     ) -> Self:
-        make_dense(module)
-        return cls(name, Positional(module, tuple(example)).eval(), example, outputs, sizes)
+        make_dense(inner)
+        return cls(type(inner).__name__, inner, Positional(module, tuple(example)).eval(), example, outputs, sizes)
 
     def inputs(self, times: int = 1) -> tuple[Tensor, ...]:
         """The example, so many times as long on each axis that may change."""
@@ -91,6 +95,7 @@ class TensorGraph:
                 key: _described(one, [axis for axis in range(one.dim()) if one.shape[axis] != other.shape[axis]])
                 for key, one, other in zip(self.outputs, small, large, strict=True)
             },
+            "linears": linears_of(self.inner, lambda: self.module(*self.inputs()), needed=True),
             "torch": torch.__version__,
         }
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from optkit.steps import KernelTime
 
-__all__ = ["Profiled"]
+__all__ = ["Profiled", "linears_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,48 @@ class Profiled:
         return times
 
 
+def linears_of(
+    module: nn.Module, run: Callable[[], Sequence[Tensor]], *, needed: bool = False
+) -> list[tuple[str, int]]:
+    """Paths of the linear layers of a module and bytes of their weights, in the order in which `run` runs them.
+
+    Args:
+        run: gives what it computes.
+        needed: without those that nothing of this depends on, which compilers leave out.
+    """
+    found: list[tuple[str, int]] = []
+    probes: list[Tensor] = []
+
+    def note(path: str) -> Callable[[nn.Linear, tuple[Tensor, ...], Tensor], Tensor]:
+        def noted(layer: nn.Linear, _: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            found.append((path, layer.weight.nbytes))
+            probes.append(torch.zeros((), dtype=output.dtype, requires_grad=needed))
+            return output + probes[-1] if needed else output
+
+        return noted
+
+    hooks = [
+        layer.register_forward_hook(note(path))
+        for path, layer in module.named_modules()
+        if isinstance(layer, nn.Linear)
+    ]
+    try:
+        with torch.set_grad_enabled(needed):
+            outputs = [tensor.sum() for tensor in run() if tensor.requires_grad]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if not needed or not outputs:
+        return found
+    slopes = torch.autograd.grad(outputs, probes, allow_unused=True)
+    return [one for one, slope in zip(found, slopes, strict=True) if slope is not None]
+
+
 def _operations(event: Any) -> int:
-    """Of `aten::linear`, of an input `[..., in]` and weights `[out, in]`; 0 where the profiler saw no shapes."""
-    shapes = [shape for shape in event.input_shapes if len(shape) > 1]
-    return 2 * math.prod(shapes[0]) * shapes[1][0] if len(shapes) > 1 else 0
+    """Of an input `[..., in]` and weights: those of `aten::linear` are `[out, in]`, of other products `[..., in, out]`.
+    0 where the profiler saw no shapes.
+    """
+    shapes: list[list[int]] = [shape for shape in event.input_shapes if len(shape) > 1]
+    if len(shapes) < 2:
+        return 0
+    return 2 * math.prod(shapes[0]) * shapes[1][-2 if event.name == "aten::linear" else -1]

@@ -17,8 +17,9 @@ from optkit_backends.torch_compile.compiling import compiled
 
 __all__ = ["PROFILED", "TorchCompileSession"]
 
-PROFILED = Profiled(("aten::", "graph_"), frozenset({"aten::mm", "aten::addmm"}))
-"""What torch's profiler calls what runs."""
+PROFILED = Profiled(("aten::", "graph_"), frozenset({"aten::mm", "aten::addmm", "aten::bmm"}))
+"""What torch's profiler calls what runs. An input whose rows do not lie one behind another, as attention gives it, is
+multiplied as a batch of one."""
 
 
 class TorchCompileSession(GraphSession):

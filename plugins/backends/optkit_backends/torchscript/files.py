@@ -32,7 +32,7 @@ class ArchivedDecoder(DecoderFacts):
 class ArchivedTensors(TensorFacts):
     """Of the archive of any other model."""
 
-    FORMAT: ClassVar[int] = 1
+    FORMAT: ClassVar[int] = 2
     FILES: ClassVar[tuple[str, ...]] = (ARCHIVE,)
 
 
