@@ -6,16 +6,12 @@ import re
 from collections.abc import Mapping
 
 from optkit.backends import Lowering
+from optkit_backends.caches import BLOCKS
 from optkit_backends.tasks import other_task
 
 __all__ = ["graph_lowering"]
 
 ACTIVATIONS = re.compile(r"activations:(int8|fp8)-(dynamic|static)(-asym)?")
-CACHES = {
-    "kv:int8-head": "int8 blocks, dequantized",
-    "kv:int8-tensor": "int8 blocks, dequantized",
-    "kv:bfloat16": "bfloat16 blocks, widened",
-}
 
 
 def graph_lowering(tags: frozenset[str], linear: str, dequantized: str) -> Mapping[str, Lowering]:
@@ -55,12 +51,12 @@ def _activations(tag: str) -> Lowering:
 
 
 def _cache(tag: str) -> Lowering:
-    if tag not in CACHES:
+    if tag not in BLOCKS:
         return _impossible(
             "it keeps keys and values as float32, bfloat16 or int8; how fp8 is read as bytes cannot be traced"
         )
     # Likewise: SmolLM2-135M shows 0.006.
-    return Lowering(f"paged attention over {CACHES[tag]} when read", native=True, tolerance=0.02)
+    return Lowering(f"paged attention over {BLOCKS[tag]} when read", native=True, tolerance=0.02)
 
 
 def _impossible(reason: str) -> Lowering:

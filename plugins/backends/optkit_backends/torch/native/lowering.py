@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from optkit.backends import Lowering
 from optkit.weights import CAUSAL_LM
+from optkit_backends.caches import BLOCKS
 
 __all__ = ["ARCHITECTURES", "lowering"]
 
@@ -14,11 +15,6 @@ ARCHITECTURES = frozenset({"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma
 """Decoders whose every detail the kernels have, as transformers calls them."""
 _INTEGERS = re.compile(r"weights:int([2-8])-(channel|group)(-asym)?")
 _ACTIVATIONS = re.compile(r"activations:int8-(dynamic|static)(-asym)?")
-_CACHES = {
-    "kv:int8-head": "int8 blocks, dequantized",
-    "kv:int8-tensor": "int8 blocks, dequantized",
-    "kv:bfloat16": "bfloat16 blocks, widened",
-}
 
 
 def lowering(tags: frozenset[str]) -> Mapping[str, Lowering]:
@@ -58,9 +54,9 @@ def _activations(tag: str, tags: frozenset[str]) -> Lowering:
 
 
 def _cache(tag: str) -> Lowering:
-    if tag not in _CACHES:
+    if tag not in BLOCKS:
         return _impossible("the native kernels keep keys and values as float32, bfloat16 or int8")
-    return Lowering(f"native paged attention over {_CACHES[tag]} when read", native=True, tolerance=0.02)
+    return Lowering(f"native paged attention over {BLOCKS[tag]} when read", native=True, tolerance=0.02)
 
 
 def _impossible(reason: str) -> Lowering:
