@@ -1,6 +1,7 @@
 #include "team.h"
 
 #include <atomic>
+#include <chrono>
 #include <thread>
 #include <vector>
 
@@ -12,19 +13,23 @@ static void rest() { std::this_thread::yield(); }
 #endif
 
 namespace {
-// About 20 microseconds: longer than the others usually take.
-constexpr int INSIDE = 1000;
-// About half a millisecond: longer than a caller usually takes to plan the next step of a text, of which waking up
-// would be a hundredth. Other threads that want the processor get it meanwhile.
-constexpr int BETWEEN = 25000, PATIENCE = 250;
+using Clock = std::chrono::steady_clock;
+constexpr auto INSIDE = std::chrono::microseconds(20);  // longer than the others usually take
+// Longer than a caller usually takes to plan a text's next step: to wake up would take a hundredth of one.
+constexpr auto BETWEEN = std::chrono::microseconds(500);
+constexpr int PATIENCE = 250;  // looks, before whoever else wants the processor gets it
 
-void wait_while(const std::atomic<uint32_t>& counter, uint32_t old, int spins) {
-  for (int i = 1; i <= spins; i++) {
-    if (counter.load(std::memory_order_acquire) != old) return;
-    rest();
-    if (i % PATIENCE == 0) std::this_thread::yield();
+void wait_while(const std::atomic<uint32_t>& counter, uint32_t old, Clock::duration awake) {
+  auto changed = [&] { return counter.load(std::memory_order_acquire) != old; };
+  for (Clock::time_point now, until; until == Clock::time_point() || now < until; std::this_thread::yield()) {
+    for (int i = 0; i < PATIENCE; i++) {
+      if (changed()) return;
+      rest();
+    }
+    now = Clock::now();  // not before, as most waits are shorter than it takes to read
+    if (until == Clock::time_point()) until = now + awake;
   }
-  while (counter.load(std::memory_order_acquire) == old) counter.wait(old, std::memory_order_acquire);
+  while (!changed()) counter.wait(old, std::memory_order_acquire);
 }
 
 void advance(std::atomic<uint32_t>& counter) {
