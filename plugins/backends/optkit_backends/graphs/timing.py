@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -62,6 +63,8 @@ def linears_of(
         run: gives what it computes.
         needed: without those that nothing of this depends on, which compilers leave out.
     """
+    # Weights that a transform made in inference mode can take no part in autograd, which tells what is needed.
+    needed = needed and not any(tensor.is_inference() for tensor in chain(module.parameters(), module.buffers()))
     found: list[tuple[str, int]] = []
     probes: list[Tensor] = []
 
