@@ -281,6 +281,19 @@ def test_profile_names_every_linear_layer(llama):
     assert any(time.kernel == "aten::scaled_dot_product_attention" for time in times)
 
 
+def test_profile_of_an_encoder_names_its_linear_layers_and_counts_their_operations(bert):
+    model, folder = bert
+    ids = np.arange(5, 16)[None]
+    with BACKEND.open(folder, folder, LIMITS) as session:
+        times = session.profile({"input_ids": ids, "attention_mask": np.ones_like(ids)})
+    modules = model.module.named_modules()
+    linears = {name: layer.weight.numel() for name, layer in modules if isinstance(layer, nn.Linear)}
+    found = {time.layer: time.operations for time in times if time.kernel == "aten::linear"}
+    # The pooler gives no output, and is not run.
+    wanted = {name: 2 * ids.size * size for name, size in linears.items() if not name.startswith("pooler")}
+    assert found == wanted
+
+
 def test_closing_twice_does_nothing(bert, tiny_llama, tmp_path):
     for session in (BACKEND.open(bert[1], bert[1], LIMITS), opened(tiny_llama(), tmp_path)):
         session.close()
