@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch import nn
 
 from optkit.apply import apply, make_plan
 from optkit.binding import from_data
@@ -67,7 +68,14 @@ def check(name, model, folder):
                 wanted = model.module(pixel_values=noise(rows)).logits.numpy()
             assert found.shape == wanted.shape
             assert np.linalg.norm(found - wanted) <= tolerance * np.linalg.norm(wanted)
-        assert sum(kernel.seconds for kernel in session.profile({"pixel_values": noise(2).numpy()})) > 0
+        times = session.profile({"pixel_values": noise(2).numpy()})
+    assert sum(kernel.seconds for kernel in times) > 0
+    products = {
+        path
+        for path, layer in model.module.named_modules()
+        if isinstance(layer, nn.Conv2d | nn.Linear | QuantizedLayer)
+    }
+    assert products - {kernel.layer for kernel in times} == set()
 
 
 @pytest.mark.parametrize("format", ["float", "int8 static"])

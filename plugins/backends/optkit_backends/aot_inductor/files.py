@@ -17,7 +17,10 @@ from optkit_backends.graphs.timing import Profiled
 
 __all__ = ["PACKAGE", "PROFILED", "PackagedDecoder", "PackagedTensors", "load", "made_here"]
 
-PROFILED = Profiled(("aoti_torch_cpu_", "graph_"), frozenset({"aoti_torch_cpu_mm_out", "aoti_torch_cpu_addmm_out"}))
+PROFILED = Profiled(
+    ("aoti_torch_cpu_", "graph_"),
+    frozenset({"aoti_torch_cpu_mm_out", "aoti_torch_cpu_addmm_out", "aoti_torch_cpu_convolution"}),
+)
 """What torch's profiler calls what runs."""
 
 PACKAGE = "model.pt2"
@@ -27,7 +30,7 @@ PACKAGE = "model.pt2"
 class PackagedDecoder(DecoderFacts):
     """Of the package of a decoder."""
 
-    FORMAT: ClassVar[int] = 1
+    FORMAT: ClassVar[int] = 2
     FILES: ClassVar[tuple[str, ...]] = (PACKAGE,)
 
     processor: str
@@ -40,7 +43,7 @@ class PackagedDecoder(DecoderFacts):
 class PackagedTensors(TensorFacts):
     """Of the package of any other model."""
 
-    FORMAT: ClassVar[int] = 2
+    FORMAT: ClassVar[int] = 3
     FILES: ClassVar[tuple[str, ...]] = (PACKAGE,)
 
     processor: str

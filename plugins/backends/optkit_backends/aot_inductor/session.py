@@ -31,7 +31,7 @@ class AOTInductorSession(GraphSession):
         facts = PackagedDecoder.read(directory)
         facts.check(limits)
         self._package: Any = load(directory, facts)
-        super().__init__(limits, facts.shapes, facts.windows, facts.linears, facts.vocab_size)
+        super().__init__(limits, facts.shapes, facts.windows, facts.products, facts.vocab_size)
 
     def _call(self, inputs: tuple[Tensor, ...]) -> Tensor:
         with torch.inference_mode():

@@ -29,7 +29,7 @@ class AOTInductorTensorSession(GraphTensorSession):
     def __init__(self, directory: Path) -> None:
         facts = PackagedTensors.read(directory)
         self._package: Any = load(directory, facts)
-        super().__init__(facts.inputs, facts.outputs, facts.linears)
+        super().__init__(facts.inputs, facts.outputs, facts.products)
 
     def _call(self, inputs: tuple[Tensor, ...]) -> Sequence[Tensor]:
         with torch.inference_mode():

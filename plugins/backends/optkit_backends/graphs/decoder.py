@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from optkit.kv import stop_rounding
 from optkit.steps import Row
 from optkit_backends.graphs.launch import Launch, cache_of
-from optkit_backends.graphs.timing import linears_of
+from optkit_backends.graphs.timing import Product, products_of
 from optkit_backends.positional import shallow_copy
 from optkit_backends.torch.attention import kept, read
 from optkit_backends.torch.dense import make_dense
@@ -86,15 +86,15 @@ class DecoderGraph:
         return {
             "layers": layers,
             "windows": self.windows,
-            "linears": self.linears(),
+            "products": self.products(),
             "vocab_size": self.vocab_size,
             "longest": self.paged.longest,
             "torch": torch.__version__,
         }
 
-    def linears(self) -> list[tuple[str, int]]:
-        """Paths of the linear layers and bytes of their weights, in the order in which they run."""
-        return linears_of(self.step.get_submodule("module"), lambda: self.step(*self.inputs()))
+    def products(self) -> list[Product]:
+        """Its linear layers, in the order in which they run."""
+        return products_of(self.step.get_submodule("module"), lambda: self.step(*self.inputs()))
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -10,6 +10,7 @@ import torch
 from optkit.errors import RecipeError
 from optkit.steps import Limits
 from optkit_backends.graphs.tensors import Described
+from optkit_backends.graphs.timing import Product
 from optkit_backends.recorded import Recorded
 from optkit_backends.torch.pool import LayerShape
 
@@ -26,8 +27,8 @@ class DecoderFacts(Recorded):
     """Heads, numbers of a key, numbers of a value, and their dtype, of what each layer keeps."""
     windows: list[int | None]
     """The different windows of its layers, in the order of the masks."""
-    linears: list[tuple[str, int]]
-    """Paths of the linear layers and bytes of their weights, in the order in which they run."""
+    products: list[Product]
+    """Linear layers and convolutions, in the order in which they run."""
     vocab_size: int
     longest: int | None
     """Tokens beyond which rotary angles would not be those of the graph."""
@@ -63,7 +64,7 @@ class TensorFacts(Recorded):
     """By name, dtype and shape."""
     outputs: Described
     """Likewise, in the order in which they come."""
-    linears: list[tuple[str, int]]
-    """Paths of the linear layers and bytes of their weights, in the order in which they run."""
+    products: list[Product]
+    """Linear layers and convolutions, in the order in which they run."""
     torch: str
     """The version that compiled it."""

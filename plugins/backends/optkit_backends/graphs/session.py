@@ -17,7 +17,7 @@ from optkit.backends import TensorSession
 from optkit.steps import KernelTime, Limits, Row, StepPlan, StepResult, TensorSpec
 from optkit_backends.graphs.launch import Launch, cache_of, launches
 from optkit_backends.graphs.tensors import Described
-from optkit_backends.graphs.timing import Profiled
+from optkit_backends.graphs.timing import Product, Profiled
 from optkit_backends.torch.pool import LayerShape, Pool, PooledSession
 
 __all__ = ["GraphSession", "GraphTensorSession"]
@@ -39,10 +39,10 @@ class GraphSession(PooledSession):
         limits: Limits,
         layers: Sequence[LayerShape],
         windows: Sequence[int | None],
-        linears: Sequence[tuple[str, int]],
+        products: Sequence[Product],
         vocab_size: int,
     ) -> None:
-        self._windows, self._linears = windows, linears
+        self._windows, self._products = windows, products
         self._pool = Pool.within(limits, layers)
         self._cache = cache_of(self._pool)
         self.caps = self._pool.caps(limits, vocab_size)
@@ -65,7 +65,7 @@ class GraphSession(PooledSession):
 
     def profile(self, plan: StepPlan) -> list[KernelTime]:
         self.execute(plan)  # warm up; to run a row again writes the same keys and values
-        parts = [self.PROFILED.times(partial(self._run, rows), self._linears) for rows in launches(plan.rows)]
+        parts = [self.PROFILED.times(partial(self._run, rows), self._products) for rows in launches(plan.rows)]
         return [*chain.from_iterable(parts)]
 
     def close(self) -> None:
@@ -81,8 +81,8 @@ class GraphTensorSession(TensorSession):
 
     PROFILED: ClassVar[Profiled]
 
-    def __init__(self, inputs: Described, outputs: Described, linears: Sequence[tuple[str, int]]) -> None:
-        self._linears = linears
+    def __init__(self, inputs: Described, outputs: Described, products: Sequence[Product]) -> None:
+        self._products = products
         self.inputs = {name: TensorSpec(dtype, tuple(shape)) for name, (dtype, shape) in inputs.items()}
         self.outputs = {name: TensorSpec(dtype, tuple(shape)) for name, (dtype, shape) in outputs.items()}
 
@@ -97,4 +97,4 @@ class GraphTensorSession(TensorSession):
 
     def profile(self, inputs: Mapping[str, npt.NDArray[np.generic]]) -> list[KernelTime]:
         self.run(inputs)  # warm up
-        return self.PROFILED.times(lambda: self.run(inputs), self._linears)
+        return self.PROFILED.times(lambda: self.run(inputs), self._products)

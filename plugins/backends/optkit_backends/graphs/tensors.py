@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from optkit.errors import RecipeError
 from optkit.model import Model
-from optkit_backends.graphs.timing import linears_of
+from optkit_backends.graphs.timing import products_of
 from optkit_backends.positional import Positional, call_of, outputs_of, shallow_copy
 from optkit_backends.torch.dense import make_dense
 
@@ -95,7 +95,7 @@ class TensorGraph:
                 key: _described(one, [axis for axis in range(one.dim()) if one.shape[axis] != other.shape[axis]])
                 for key, one, other in zip(self.outputs, small, large, strict=True)
             },
-            "linears": linears_of(self.inner, lambda: self.module(*self.inputs()), needed=True),
+            "products": products_of(self.inner, lambda: self.module(*self.inputs()), needed=True),
             "torch": torch.__version__,
         }
 

@@ -137,7 +137,11 @@ def _name_products(graph: ir.Graph) -> None:
         if node.op_type in PRODUCTS and constants:
             # Paths from the outermost module to the layer, and then what the exporter calls the node.
             scopes: list[str] = ast.literal_eval(node.metadata_props.get(SCOPES, "[]"))
-            path = "".join(scopes[-2:-1]).removeprefix("module.module.").removeprefix("module.")
+            path, weight = "".join(scopes[-2:-1]), str(constants[0].name)
+            if node.op_type == "Conv" and weight.endswith(".weight"):
+                # The scopes may be those of a batch norm, which the exporter has folded into it.
+                path = weight.removesuffix(".weight")
+            path = path.removeprefix("module.module.").removeprefix("module.")
             if path and path not in used:  # the runtime wants one name a node
                 node.name = path
                 used.add(path)

@@ -88,6 +88,7 @@ def _write(
     module = Positional(module, tuple(example)).eval()
     with quiet():
         model = _converted(module, name, tuple(example.values()))
+    _name_after_convolutions(model)
     for given, names in ((model.inputs, example), (model.outputs, outputs)):
         for port, port_name in zip(given, names, strict=True):
             port.get_tensor().set_names({port_name})
@@ -118,6 +119,15 @@ def _converted(module: nn.Module, name: str, example: tuple[Tensor, ...]) -> Any
             where=name,
             remedy="choose another backend",
         ) from error
+
+
+def _name_after_convolutions(model: Any) -> None:
+    """Batch norms are folded into the convolutions before them, and of the two names the profile keeps theirs."""
+    for node in model.get_ops():
+        if node.get_type_name() == "BatchNormInference":
+            layer, _, operator = node.input_value(0).get_node().get_friendly_name().partition("/")
+            if operator.startswith("aten::_convolution"):
+                node.set_friendly_name(f"{layer}/batch_norm")
 
 
 @torch.inference_mode()

@@ -88,7 +88,10 @@ class OpenVINOTensorSession(TensorSession):
             ) from error
 
     def _time(self, entry: Any, node: Any) -> KernelTime:
-        path = entry.node_name.removeprefix(self._facts.root)
+        # What is fused may go by a name of the runtime's own.
+        names = [entry.node_name, *(_told(node, "originalLayersNames").split(",") if node is not None else ())]
+        path = next((name for name in names if name.startswith(self._facts.root)), entry.node_name)
+        path = path.removeprefix(self._facts.root)
         layer = path.removeprefix(".").partition("/")[0] if path.startswith(".") else path.removeprefix("/")
         kernel, seconds = f"{entry.node_type} ({entry.exec_type})", entry.real_time.total_seconds()
         if node is None or _kind(node) not in PRODUCTS:
@@ -109,8 +112,13 @@ def _spec(port: Any) -> TensorSpec:
 
 def _kind(node: Any) -> str:
     """What the runtime calls a node of its own graph."""
+    return _told(node, "layerType")
+
+
+def _told(node: Any, key: str) -> str:
+    """What the runtime tells of a node, or nothing."""
     info = node.get_rt_info()
-    return str(info["layerType"].astype(str)) if "layerType" in info else ""
+    return str(info[key].astype(str)) if key in info else ""
 
 
 def _bytes(constant: Any) -> int:

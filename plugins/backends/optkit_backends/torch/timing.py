@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from optkit.steps import KernelTime
 
@@ -40,9 +41,11 @@ def timed(module: nn.Module, times: list[KernelTime], rest: str) -> Iterator[Non
 
 
 def _recorder(name: str, started: dict[nn.Module, float], times: list[KernelTime]) -> Any:
-    def record(layer: nn.Module, _inputs: Any, output: Any) -> None:
+    def record(layer: nn.Module, inputs: Any, output: Any) -> None:
         seconds = time.perf_counter() - started.pop(layer)
-        times.append(KernelTime(name, type(layer).__name__, seconds, _bytes(layer), _operations(layer, output)))
+        # Of a transposed convolution each number that comes in meets weights; of others each that goes out.
+        met = inputs[0] if isinstance(layer, _ConvTransposeNd) else output
+        times.append(KernelTime(name, type(layer).__name__, seconds, _bytes(layer), _operations(layer, met)))
 
     return record
 
@@ -52,9 +55,9 @@ def _bytes(layer: nn.Module) -> int:
     return 0 if isinstance(layer, nn.Embedding) else sum(parameter.nbytes for parameter in layer.parameters())
 
 
-def _operations(layer: nn.Module, output: Any) -> int:
+def _operations(layer: nn.Module, met: Any) -> int:
     """Of the matrix product of a linear layer or a convolution."""
     weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor) or not isinstance(output, Tensor) or isinstance(layer, nn.Embedding):
+    if not isinstance(weight, Tensor) or not isinstance(met, Tensor) or isinstance(layer, nn.Embedding):
         return 0
-    return 2 * output.numel() * weight[0].numel() if weight.dim() > 1 else 0
+    return 2 * met.numel() * weight[0].numel() if weight.dim() > 1 else 0

@@ -17,7 +17,7 @@ from optkit_backends.torch_compile.compiling import compiled
 
 __all__ = ["PROFILED", "TorchCompileSession"]
 
-PROFILED = Profiled(("aten::", "graph_"), frozenset({"aten::mm", "aten::addmm", "aten::bmm"}))
+PROFILED = Profiled(("aten::", "graph_"), frozenset({"aten::mm", "aten::addmm", "aten::bmm", "aten::convolution"}))
 """What torch's profiler calls what runs. An input whose rows do not lie one behind another, as attention gives it, is
 multiplied as a batch of one."""
 
@@ -37,7 +37,7 @@ class TorchCompileSession(GraphSession):
         graph.paged.check(limits.max_length, weights)
         others = (graph.inputs(sizes) for sizes in OTHER_SIZES)
         self._compiled: Any = compiled(graph.step, graph.inputs(), graph.dynamic(), others, graph.name)
-        super().__init__(limits, graph.paged.layers, graph.windows, graph.linears(), graph.vocab_size)
+        super().__init__(limits, graph.paged.layers, graph.windows, graph.products(), graph.vocab_size)
 
     def _call(self, inputs: tuple[Tensor, ...]) -> Tensor:
         with torch.inference_mode():

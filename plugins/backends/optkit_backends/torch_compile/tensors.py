@@ -29,7 +29,7 @@ class TorchCompileTensorSession(GraphTensorSession):
     def __init__(self, graph: TensorGraph) -> None:
         facts, others = graph.facts(), [graph.inputs(2), graph.least()]
         self._compiled: Any = compiled(graph.module, graph.inputs(), graph.dynamic(), others, graph.name)
-        super().__init__(facts["inputs"], facts["outputs"], facts["linears"])
+        super().__init__(facts["inputs"], facts["outputs"], facts["products"])
 
     def _call(self, inputs: tuple[Tensor, ...]) -> Sequence[Tensor]:
         with torch.inference_mode():

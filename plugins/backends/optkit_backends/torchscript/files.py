@@ -16,7 +16,7 @@ from optkit_backends.graphs.timing import Profiled
 
 __all__ = ["ARCHIVE", "PROFILED", "ArchivedDecoder", "ArchivedTensors", "load", "quiet", "running"]
 
-PROFILED = Profiled(("aten::",), frozenset({"aten::linear"}))
+PROFILED = Profiled(("aten::",), frozenset({"aten::linear", "aten::_convolution"}))
 """What torch's profiler calls what runs."""
 
 ARCHIVE = "model.pt"
@@ -25,14 +25,14 @@ ARCHIVE = "model.pt"
 class ArchivedDecoder(DecoderFacts):
     """Of the archive of a decoder."""
 
-    FORMAT: ClassVar[int] = 2
+    FORMAT: ClassVar[int] = 3
     FILES: ClassVar[tuple[str, ...]] = (ARCHIVE,)
 
 
 class ArchivedTensors(TensorFacts):
     """Of the archive of any other model."""
 
-    FORMAT: ClassVar[int] = 2
+    FORMAT: ClassVar[int] = 3
     FILES: ClassVar[tuple[str, ...]] = (ARCHIVE,)
 
 

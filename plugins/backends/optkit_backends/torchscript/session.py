@@ -29,7 +29,7 @@ class TorchScriptSession(GraphSession):
         facts = ArchivedDecoder.read(directory)
         facts.check(limits)
         self._module: Any = load(directory, facts.torch)
-        super().__init__(limits, facts.shapes, facts.windows, facts.linears, facts.vocab_size)
+        super().__init__(limits, facts.shapes, facts.windows, facts.products, facts.vocab_size)
 
     def _call(self, inputs: tuple[Tensor, ...]) -> Tensor:
         with running():

@@ -27,7 +27,7 @@ class TorchScriptTensorSession(GraphTensorSession):
     def __init__(self, directory: Path) -> None:
         facts = ArchivedTensors.read(directory)
         self._module: Any = load(directory, facts.torch)
-        super().__init__(facts.inputs, facts.outputs, facts.linears)
+        super().__init__(facts.inputs, facts.outputs, facts.products)
 
     def _call(self, inputs: tuple[Tensor, ...]) -> Sequence[Tensor]:
         with running():
