@@ -103,7 +103,6 @@ bench-cpu-lm: .venv/.dev ## measure SmolLM2 beside llama.cpp, OpenVINO GenAI and
 	@echo "Next: git diff benchmarks"
 
 bench-growth: .venv/.dev ## measure how a step of the native kernels grows with concurrency, context and model, and draw it
-	@$(INSTALL) -e '.[bench]' || { $(pip_failed); exit 1; }
 	.venv/bin/python benchmarks/cpu_lm/growth.py .cache/growth $(ARGS)
 	@echo "Next: git diff benchmarks"
 

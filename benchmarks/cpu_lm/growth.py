@@ -58,10 +58,10 @@ TINYLLAMA: dict[str, Any] = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 8192,  # TinyLlama's own is 2048
 }
-ROTATE, TOKENS = TOKENWISE  # random weights are as good unrotated
+ROTATE, TOKENS, BFLOAT16_KV = TOKENWISE  # random weights are as good unrotated
 # The format that gptq with int8 activations gives, without its data and minutes.
 HALVES = {"quantize.w4a8": {"group_size": HALF_BYTES["group_size"], "ignore": []}}
-KEPT = {dtype: {"quantize.kv_cache": {"dtype": dtype}} for dtype in ("bfloat16", "int8")}
+INT8_KV = {"quantize.kv_cache": {"dtype": "int8"}}
 SHORT, CHUNK, LONGEST = 128, 512, 8192
 SECONDS = 0.4
 """Each step is repeated for so long in a block, or a few times if it takes long."""
@@ -91,8 +91,8 @@ class Variant:
 VARIANTS = (
     Variant(SMALL, "float32", (), NATIVE),
     Variant(SMALL, "int8", (ROTATE, TOKENS), NATIVE),
-    Variant(SMALL, "int8, bfloat16 KV", (ROTATE, TOKENS, KEPT["bfloat16"]), NATIVE),
-    Variant(SMALL, "int8, int8 KV", (ROTATE, TOKENS, KEPT["int8"]), NATIVE),
+    Variant(SMALL, "int8, bfloat16 KV", (ROTATE, TOKENS, BFLOAT16_KV), NATIVE),
+    Variant(SMALL, "int8, int8 KV", (ROTATE, TOKENS, INT8_KV), NATIVE),
     Variant(SMALL, "int4", (HALVES,), NATIVE),
     Variant(LARGE, "int8", (TOKENS,), NATIVE),
 )
