@@ -69,7 +69,8 @@ class Recover(Transform):
     """Of the order of samples and of LoRA's first weights."""
     at_least: float | None = Field(default=0.0, le=1)
     """Gate: the share of the lost quality that must be won back. It is 1 - after / before of the distance from the
-    original model on the samples that are not trained on. 0: the model must not become worse. null: no gate."""
+    original model on the samples that are not trained on; of a divergence less comes back than of log-perplexity.
+    0: the model must not become worse. null: no gate."""
 
     @model_validator(mode="after")
     def _rank_of_lora(self) -> Self:
