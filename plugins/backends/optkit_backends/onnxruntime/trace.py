@@ -62,14 +62,14 @@ def _convolution(output: ir.Value | None, inputs: list[dict[str, list[int]]]) ->
     before it with such weights, unless two are equally near.
     """
     [weights] = inputs[1].values()
-    near = [output] if output is not None else []
+    near = {output} if output is not None else set()
     while near:
         nodes = [node for value in near if (node := value.producer()) is not None]
         found = {node.name for node in nodes if node.op_type in CONVOLUTIONS and _kernel(node) == weights[1:]}
         if found:
             return found.pop() if len(found) == 1 else None
         passed = (node for node in nodes if node.op_type not in CONVOLUTIONS)
-        near = [value for node in passed for value in node.inputs if value is not None]
+        near = {value for node in passed for value in node.inputs if value is not None}
     return None
 
 
