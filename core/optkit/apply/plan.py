@@ -16,6 +16,7 @@ from optkit.metrics import FootprintMetric
 from optkit.model import ModelCard
 from optkit.options import Options
 from optkit.plugins import Plugins
+from optkit.quantities import size
 from optkit.recipe import (
     Benchmark,
     CalibrationData,
@@ -335,21 +336,17 @@ def _preflight(estimate: Estimate) -> None:
     available = hardware.memory().available
     if estimate.memory_bytes > available:
         raise MachineError(
-            f"apply needs about {_size(estimate.memory_bytes)} of memory, {_size(available)} are available",
+            f"apply needs about {size(estimate.memory_bytes)} of memory, {size(available)} are available",
             remedy="lower evaluation.context_length, max_length or max_batch_size, or take a larger machine",
         )
     root = cache_root()
     free = shutil.disk_usage(next(path for path in [root, *root.parents] if path.exists())).free
     if estimate.disk_bytes > free:
         raise MachineError(
-            f"apply writes about {_size(estimate.disk_bytes)}, {_size(free)} are free",
+            f"apply writes about {size(estimate.disk_bytes)}, {size(free)} are free",
             where=str(root),
             remedy="optkit cache clear frees old steps, OPTKIT_CACHE names another place",
         )
-
-
-def _size(count: int) -> str:
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _shown(tags: frozenset[str]) -> str:
@@ -393,7 +390,7 @@ def check_room(output: Path, estimate: Estimate) -> None:
     free = shutil.disk_usage(next(path for path in output.parents if path.exists())).free
     if needed > free:
         raise MachineError(
-            f"the artifact takes about {_size(needed)}, {_size(free)} are free",
+            f"the artifact takes about {size(needed)}, {size(free)} are free",
             where=str(output),
             remedy="choose another output",
         )

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Any
 
+from optkit.quantities import size
+
 __all__ = ["TableRow", "render_html", "table_rows"]
 
 
@@ -84,5 +86,5 @@ def _row(name: str, figure: Mapping[str, Any]) -> TableRow:
 
 def _quantity(value: float, unit: str) -> str:
     if unit == "B":
-        return f"{value / 1e6:,.1f} MB"
+        return size(value)
     return f"{value:.4g} {unit}".strip()

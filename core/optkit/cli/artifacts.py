@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from optkit.cli.present import emit_json, lowered_as, plugins_of, say, size, table
+from optkit.cli.present import emit_json, lowered_as, plugins_of, say, table
 from optkit.cli.recipes import JsonOption, show_report
+from optkit.quantities import size
 
 __all__ = ["ArtifactArgument", "DraftOption", "add_to", "speculation_of"]
 

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import typer
 
-__all__ = ["Steps", "complain", "counted", "duration", "emit_json", "lowered_as", "plugins_of", "say", "size", "table"]
+__all__ = ["Steps", "complain", "counted", "duration", "emit_json", "lowered_as", "plugins_of", "say", "table"]
 
 
 def say(text: str = "") -> None:
@@ -26,11 +26,6 @@ def complain(line: str) -> None:
 def emit_json(data: Any) -> None:
     """JSON for a script to read."""
     typer.echo(json.dumps(data, indent=1, sort_keys=False, default=str))
-
-
-def size(count: float) -> str:
-    """Bytes in words."""
-    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def duration(seconds: float) -> str:

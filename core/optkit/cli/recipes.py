@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from optkit.cli.present import Steps, complain, duration, emit_json, lowered_as, plugins_of, say, size, table
+from optkit.cli.present import Steps, complain, duration, emit_json, lowered_as, plugins_of, say, table
+from optkit.quantities import parameters, size
 
 __all__ = ["add_to"]
 
@@ -102,7 +103,7 @@ def plan_recipe(context: typer.Context, recipe: RecipeArgument, as_json: JsonOpt
         return
     for warning in plan.warnings:
         complain(f"warning: {warning}")
-    say(f"model    {plan.card.name}: {plan.card.parameters / 1e6:.1f} M parameters, {' '.join(sorted(plan.card.tags))}")
+    say(f"model    {plan.card.name}: {parameters(plan.card.parameters)}, {' '.join(sorted(plan.card.tags))}")
     for number, step in enumerate(plan.steps, 1):
         say(f"step {number}   {step.name}: {' '.join(sorted(step.tags - plan.card.tags))}")
     if plan.recipe.calibration is not None:

@@ -7,8 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from optkit.cli.present import Steps, emit_json, plugins_of, say, size, table
+from optkit.cli.present import Steps, emit_json, plugins_of, say, table
 from optkit.cli.recipes import JsonOption
+from optkit.quantities import size
 
 __all__ = ["add_to", "peaks_of_machine"]
 

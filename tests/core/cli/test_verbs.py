@@ -111,7 +111,7 @@ def columns_line_up(text: str) -> bool:
 def test_plan_says_what_will_be_done(here, ran):
     lines = ran("plan", "eight.yaml").splitlines()
     assert lines[:5] == [
-        "model    model: 0.1 M parameters, arch:llama task:causal-lm weights:float",
+        "model    model: 115.0 k parameters, arch:llama task:causal-lm weights:float",
         "step 1   quantize.rtn: weights:int8-channel",
         "backend  torch",
         "         weights:float -> torch.nn.functional.linear in float32 (native)",
@@ -474,7 +474,7 @@ def test_the_cache_is_listed_and_cleared(here, ran, optkit, tmp_path, monkeypatc
     text = ran("cache", "list")
     assert columns_line_up(text)
     assert "1 quantize.rtn  2.0 MB  " in text
-    assert ran("cache", "clear", "--unused-for", "1") == "freed 0.0 MB\n"
+    assert ran("cache", "clear", "--unused-for", "1") == "freed 0 B\n"
     assert ran("cache", "clear") == "freed 2.0 MB\n"
     assert json.loads(ran("cache", "list", "--json")) == []
 
