@@ -203,7 +203,8 @@ class Field:
             # Without VNNI its sums of two products saturate, unless weights keep to 7 bits.
             fits = any("vnni" in each for each in hardware.machine().isa)
             model, context = self._float, TransformContext(progress=lambda *_: None)
-            for step in (Rotate(), Int8Dynamic(bits=8 if fits else 7, symmetric=False, ignore=())):
+            # vLLM multiplies by the head in float.
+            for step in (Rotate(), Int8Dynamic(bits=8 if fits else 7, symmetric=False)):
                 model = step.apply(model, context)
             with tempfile.TemporaryDirectory(dir=self.work) as made:
                 save_folder(model, Path(made, "model"))
