@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import venv
 from functools import cache
@@ -17,21 +19,29 @@ SCRIPTS = Path(__file__).with_name("contenders")
 
 
 class Contender:
-    """A process that generates when it is told to."""
+    """A process that generates when it is told to, and is stopped until then: some engines go on for a second when they
+    have nothing to do, on a core that is another's by then."""
 
     def __init__(self, name: str, command: list[str]) -> None:
         self.name = name
-        self._process = subprocess.Popen(
-            command, cwd=SCRIPTS, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        # In a group with those that it starts. When this process ends, the system ends groups that are stopped.
+        self._process = subprocess.Popen(command, cwd=SCRIPTS, text=True, process_group=0, **pipes)
         self.about = self._answer()
+        self._signal(signal.SIGSTOP)
 
     def tell(self, line: str) -> dict[str, Any]:
         """Its answer to one of the commands in `contenders/turns.py`."""
         assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
         self._process.stdin.write(f"{line}\n")
         self._process.stdin.flush()
-        return self._answer()
+        answer = self._answer()
+        self._signal(signal.SIGSTOP)
+        return answer
+
+    def _signal(self, number: int) -> None:
+        os.killpg(self._process.pid, number)
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
@@ -46,6 +56,8 @@ class Contender:
 
     def __exit__(self, *_: object) -> None:
         assert self._process.stdin is not None
+        if self._process.poll() is None:
+            self._signal(signal.SIGCONT)
         self._process.stdin.close()
         self._process.wait()
 
