@@ -39,7 +39,7 @@ install: .venv/.core ## make .venv and install optkit into it
 	@echo "Installed. Next: .venv/bin/optkit --help"
 
 test: .venv/.dev ## run the tests, a few minutes
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -n $(JOBS) --dist loadfile --durations=20 $(ARGS)
 	@echo "Next: git commit, once make check passes too"
 
 test-slow: .venv/.dev ## run the tests that take minutes each
