@@ -1,0 +1,56 @@
+"""What is compiled from an example is held against its module for other sizes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from optkit.errors import RecipeError
+from optkit_backends.graphs.checking import check_sizes
+from optkit_backends.torch.dense import make_dense
+from optkit_quantize.int8_dynamic import Int8Dynamic
+from tests.calibrating import context, texts
+
+
+class Tuple(nn.Module):
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs):
+        return (self.module(*inputs)[0],)
+
+
+def others(rows=3):
+    return [(torch.arange(5).repeat(rows, 1), torch.ones(rows, 5, dtype=torch.long))]
+
+
+def compiled(module, off):
+    """Gives what the module gives, but for that share of it."""
+
+    def run(*given):
+        [found] = module(*given)
+        return (found * (1 + off),)
+
+    return run
+
+
+@pytest.mark.parametrize(("rounds", "allowed", "refused"), [(False, 2e-5, 2e-3), (True, 0.1, 0.2)])
+def test_a_graph_may_differ_as_far_as_rounding_tips(rounds, allowed, refused, tiny_bert):
+    model = tiny_bert()
+    if rounds:
+        model = Int8Dynamic().apply(model, context(texts()))
+    module = model.module
+    make_dense(module)
+    tupled = Tuple(module)
+    check_sizes(tupled, compiled(tupled, allowed), others(), "BertModel", "what somebody compiled")
+    wanted = "BertModel: what somebody compiled gives something else for other sizes; some of its Python depends on"
+    with pytest.raises(RecipeError, match=wanted):
+        check_sizes(tupled, compiled(tupled, refused), others(), "BertModel", "what somebody compiled")
+
+
+def test_nothing_that_is_not_a_number_passes(tiny_bert):
+    tupled = Tuple(tiny_bert().module)
+    with pytest.raises(RecipeError, match="gives something else"):
+        check_sizes(tupled, compiled(tupled, float("nan")), others(), "BertModel", "what somebody compiled")
