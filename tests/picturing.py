@@ -15,9 +15,9 @@ digits, pixels, processor = _train["digits"], _train["pixels"], _train["processo
 taught, write_images, main = _train["taught"], _train["write_images"], _train["main"]
 
 
-def tiny_resnet(channels: int = 1, hidden: tuple[int, int] = (16, 32)) -> ResNetForImageClassification:
+def tiny_resnet() -> ResNetForImageClassification:
     """Random but equal at every call. Its batch norms have statistics that are not their first ones."""
-    module = _train["resnet"](channels, hidden)
+    module = _train["resnet"]()
     with torch.random.fork_rng():
         torch.manual_seed(0)
         for part in module.modules():

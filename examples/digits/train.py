@@ -39,14 +39,14 @@ def write_images(folder: Path) -> None:
         Image.fromarray(image).save(split / f"{place:04}.png")
 
 
-def resnet(channels: int = 1, hidden: tuple[int, int] = (16, 32)) -> ResNetForImageClassification:
+def resnet() -> ResNetForImageClassification:
     """Of two stages, in training mode, random but equal at every call."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         config = ResNetConfig(
-            num_channels=channels,
-            embedding_size=hidden[0],
-            hidden_sizes=list(hidden),
+            num_channels=1,
+            embedding_size=16,
+            hidden_sizes=[16, 32],
             depths=[1, 1],
             layer_type="basic",
             id2label=dict(enumerate(NAMES)),

@@ -14,9 +14,8 @@ from PIL import Image
 
 from tests.picturing import NAMES, digits
 
+# A command that measures memory starts two processes with all of torch: one apply by default, the rest is slow.
 pytestmark = pytest.mark.timeout(600)
-# A command that measures memory starts two processes with all of torch.
-long = pytest.mark.slow
 
 RECIPE = """\
 name: {name}
@@ -85,7 +84,7 @@ def test_apply_measures_classes_and_images(made):
     assert manifest.steps[0].effect["metrics"].keys() == QUALITY
 
 
-@long
+@pytest.mark.slow
 def test_plan_inspect_and_apply_again_say_what_it_is(here, optkit):
     plan, inspected = optkit("plan", "int8.yaml"), optkit("inspect", "made/int8")
     again = optkit("apply", "int8.yaml", "--output", "made/int8")
@@ -97,7 +96,7 @@ def test_plan_inspect_and_apply_again_say_what_it_is(here, optkit):
     assert again.out.endswith("Next: optkit explain made/int8   or: optkit serve made/int8\n")
 
 
-@long
+@pytest.mark.slow
 def test_explain_says_which_kernel_ran_each_layer_of_a_batch(here, optkit, monkeypatch):
     from optkit import hardware
     from optkit.hardware import ceilings
@@ -114,7 +113,7 @@ def test_explain_says_which_kernel_ran_each_layer_of_a_batch(here, optkit, monke
     assert said.err.endswith("made/int8: --prompt-tokens means nothing for it; leave it out\n")
 
 
-@long
+@pytest.mark.slow
 def test_bench_eval_and_compare_measure_it_again(here, optkit):
     bench = json.loads(optkit("bench", "made/int8", "--blocks", "3", "--json").out)
     assert bench["figures"]["made/int8"].keys() == SPEED
@@ -130,7 +129,7 @@ def test_bench_eval_and_compare_measure_it_again(here, optkit):
     assert figures["label_agreement"]["value"] == 1
 
 
-@long
+@pytest.mark.slow
 def test_the_artifact_classifies_as_its_weights_do(here):
     import torch
 
@@ -152,7 +151,7 @@ def test_the_artifact_classifies_as_its_weights_do(here):
     np.testing.assert_allclose(found["logits"], wanted, atol=1e-5)
 
 
-@long
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "line"),
     [

@@ -22,8 +22,7 @@ class Tuple(nn.Module):
         return (self.module(*inputs)[0],)
 
 
-def others(rows=3):
-    return [(torch.arange(5).repeat(rows, 1), torch.ones(rows, 5, dtype=torch.long))]
+OTHERS = [(torch.arange(5).repeat(3, 1), torch.ones(3, 5, dtype=torch.long))]
 
 
 def compiled(module, off):
@@ -44,13 +43,13 @@ def test_a_graph_may_differ_as_far_as_rounding_tips(rounds, allowed, refused, ti
     module = model.module
     make_dense(module)
     tupled = Tuple(module)
-    check_sizes(tupled, compiled(tupled, allowed), others(), "BertModel", "what somebody compiled")
+    check_sizes(tupled, compiled(tupled, allowed), OTHERS, "BertModel", "what somebody compiled")
     wanted = "BertModel: what somebody compiled gives something else for other sizes; some of its Python depends on"
     with pytest.raises(RecipeError, match=wanted):
-        check_sizes(tupled, compiled(tupled, refused), others(), "BertModel", "what somebody compiled")
+        check_sizes(tupled, compiled(tupled, refused), OTHERS, "BertModel", "what somebody compiled")
 
 
 def test_nothing_that_is_not_a_number_passes(tiny_bert):
     tupled = Tuple(tiny_bert().module)
     with pytest.raises(RecipeError, match="gives something else"):
-        check_sizes(tupled, compiled(tupled, float("nan")), others(), "BertModel", "what somebody compiled")
+        check_sizes(tupled, compiled(tupled, float("nan")), OTHERS, "BertModel", "what somebody compiled")
