@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -43,7 +42,7 @@ class DecoderGraph:
     """The different windows of its layers, in the order of a launch's masks."""
     vocab_size: int
     pool: Pool
-    """Of 8 blocks, for examples."""
+    """Of 8 blocks, for examples. Each holds the keys and values of a sequence of its own."""
 
     @classmethod
     def of(cls, module: Any) -> DecoderGraph:
@@ -61,15 +60,31 @@ class DecoderGraph:
         paged = page(module, name)
         windows = list(dict.fromkeys(paged.windows))
         step = _Step(module, paged, windows).eval()
-        return cls(name, step, paged, windows, module.config.vocab_size, Pool(paged.layers, blocks=8))
+        made = cls(name, step, paged, windows, module.config.vocab_size, Pool(paged.layers, blocks=8))
+        made._fill()
+        return made
 
     def inputs(self, sizes: tuple[int, int] = EXAMPLE) -> tuple[Tensor, ...]:
-        """Of a step with so many rows of one token, and one row of so many tokens, if any."""
+        """Of a step with so many rows of one token, and one row of so many tokens, if any. All go on with sequences
+        whose keys and values the model has computed: after random ones, small differences would grow."""
         single, several = sizes
-        rows = [Row(i, (3 + i,), 2 * i + 1, (i,)) for i in range(single)]
+        rows = [self._row(i, 2 * i + 1, 1) for i in range(single)]
         if several:
-            rows.append(Row(single, tuple(range(2, 2 + several)), BLOCK_SIZE - 3, (single, single + 1), "all"))
-        return (*Launch.of(rows, self.windows).tensors, *_filled(self.pool))
+            rows.append(self._row(single, BLOCK_SIZE - 3, several))
+        return (*Launch.of(rows, self.windows).tensors, *(tensor.clone() for tensor in cache_of(self.pool)))
+
+    @torch.no_grad()
+    def _fill(self) -> None:
+        for block in range(self.pool.blocks):
+            launch = Launch.of([self._row(block, 0, BLOCK_SIZE)], self.windows)
+            self.step(*launch.tensors, *cache_of(self.pool))
+
+    def _row(self, block: int, computed: int, count: int) -> Row:
+        """So many tokens of the sequence that begins in a block, and may go on into the next one."""
+        places = range(computed, computed + count)
+        tokens = tuple((997 * (BLOCK_SIZE * block + place) + 31) % self.vocab_size for place in places)
+        blocks = (block, block + 1)[: 1 + places[-1] // BLOCK_SIZE]
+        return Row(block, tokens, computed, blocks, "all" if count > 1 else "last")
 
     def dynamic(self) -> list[list[int]]:
         """For each input the axes whose size may change."""
@@ -99,12 +114,6 @@ class DecoderGraph:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _filled(pool: Pool) -> list[Tensor]:
-    """Keys and values of each layer, with something in them."""
-    generator = np.random.default_rng(0)
-    return [torch.from_numpy(generator.normal(size=tuple(tensor.shape))).to(tensor.dtype) for tensor in cache_of(pool)]
 
 
 class _Step(nn.Module):

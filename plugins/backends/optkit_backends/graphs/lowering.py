@@ -9,11 +9,11 @@ from optkit.backends import Lowering
 from optkit_backends.caches import BLOCKS
 from optkit_backends.tasks import other_task
 
-__all__ = ["ROUNDED_TOLERANCE", "graph_lowering"]
+__all__ = ["graph_lowering"]
 
 # Numbers next to a half round to the other neighbour where sums go in another order, and each layer multiplies what the
 # ones before tipped. MiniLM shows 0.07 in padded batches; twice that.
-ROUNDED_TOLERANCE = 0.15
+_ROUNDED_TOLERANCE = 0.15
 
 ACTIVATIONS = re.compile(r"activations:(int8|fp8)-(dynamic|static)(-asym)?")
 
@@ -50,7 +50,7 @@ def _activations(tag: str) -> Lowering:
         return _impossible("it rounds activations to int8 or fp8, by token or by calibration")
     reason = "rounded in float32: quality is that of the artifact, speed is not"
     kernel = f"inputs rounded to {match[1]} in float32"
-    return Lowering(kernel, native=False, tolerance=ROUNDED_TOLERANCE, reason=reason)
+    return Lowering(kernel, native=False, tolerance=_ROUNDED_TOLERANCE, reason=reason)
 
 
 def _cache(tag: str) -> Lowering:
