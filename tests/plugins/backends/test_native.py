@@ -263,6 +263,28 @@ def test_other_architectures_and_windows_match_transformers(kind, tmp_path):
     assert distance(np.concatenate(found), expected(model, A)) < 1e-5
 
 
+@pytest.mark.parametrize("window", [None, 20, 300])
+@pytest.mark.parametrize("cache", ["float", "int8 cache", "bfloat16 cache"])
+def test_long_sequences_get_the_same_bits_however_they_are_shared(cache, window, instructions, tmp_path):
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(**SHAPE | {"max_position_embeddings": 1024}, sliding_window=window)
+    module = transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    model = transformed(Model(module, None, frozenset()), cache)
+    text = tuple(random.Random(0).choices(range(1, 160), k=600))
+    blocks = (*range(20, 30), 7, 3, *range(50, 70), 4, *range(30, 40))  # some in a row, some not
+    limits = Limits(max_batch_size=4, max_length=640)
+    with opened(model, tmp_path / "weights", 1, limits, instructions=instructions) as session:
+        [whole] = run(session, Row(1, text, 0, blocks, "all"))
+    with opened(model, tmp_path / "weights", 3, limits, instructions=instructions) as session:
+        found = [run(session, Row(1, text[:250], 0, blocks, "all"))[0]]
+        found += [run(session, Row(1, text[250:256], 250, blocks, "all"), Row(2, C, 0, (1,)))[0]]
+        found += [run(session, Row(2, (3,), 13, (1,)), Row(1, text[256:590], 256, blocks, "all"))[1]]
+        for i in range(590, 600):
+            found += run(session, Row(1, text[i : i + 1], i, blocks), Row(2, (3,), 14, (1,)))[:1]
+    np.testing.assert_array_equal(np.concatenate(found), whole)
+    assert distance(whole, expected(model, text)) < (1e-5 if cache == "float" else 0.02)
+
+
 def test_layers_may_differ_in_width(tiny_llama, tmp_path):
     model = tiny_llama()
     narrow(model.module.model.layers[0].mlp, 72)

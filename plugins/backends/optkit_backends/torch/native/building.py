@@ -48,7 +48,7 @@ def library() -> ctypes.CDLL:
     found = ctypes.CDLL(_built())
     for function, result, arguments in (
         ("optkit_instructions", c_int, []),
-        ("optkit_open", c_void_p, [POINTER(Model), c_int, c_int64, c_int]),
+        ("optkit_open", c_void_p, [POINTER(Model), c_int, c_int]),
         ("optkit_close", None, [c_void_p]),
         ("optkit_step", c_int, [c_void_p, POINTER(Step)]),
         ("optkit_product", c_int, [POINTER(Linear), c_void_p, c_int64, c_void_p, c_int]),

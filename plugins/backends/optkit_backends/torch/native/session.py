@@ -55,9 +55,7 @@ class NativeSession(PooledSession):
         self._decoder: Any = Decoder(module, paged.windows, limits.max_length, self._instructions, str(weights))
         self._pool = Pool.within(limits, self._decoder.shapes)
         self._decoder.use(self._pool)
-        self._handle = self._library.optkit_open(
-            ctypes.byref(self._decoder.model), threads, limits.max_length, self._instructions
-        )
+        self._handle = self._library.optkit_open(ctypes.byref(self._decoder.model), threads, self._instructions)
         if self._handle is None:
             raise MachineError("no threads, or no memory, for the native kernels", where=str(weights))
         self.caps = self._pool.caps(limits, self._decoder.model.vocabulary)

@@ -63,7 +63,6 @@ struct Decoder {
   std::vector<Layer> layers;
   Team* team;
   const Kernels* kernels;
-  int64_t max_length;
   Arena arena;
 
   int64_t most_groups() const {
@@ -74,14 +73,26 @@ struct Decoder {
     return most;
   }
 
-  Buffers buffers(int64_t tokens) {
+  // Floats of all segments of rows that may share them out.
+  int64_t parts(const Step& step) const {
+    int64_t group = model.heads / model.kv_heads, total = 0;
+    for (int64_t row = 0; row < step.row_count; row++) {
+      int64_t count = step.starts[row + 1] - step.starts[row], most = (step.computed[row] + count - 1) / SEGMENT + 1;
+      if (count <= std::max<int64_t>(QUERIES / group, 1))
+        total += model.kv_heads * most * seen_size(count * group, value_dim(model));
+    }
+    return total;
+  }
+
+  Buffers buffers(const Step& step) {
+    int64_t tokens = step.token_count;
     int64_t ffn = 0, group = model.heads / model.kv_heads, wide = model.heads * model.head_dim;
     for (const auto& layer : layers) ffn = std::max(ffn, layer.gate.out);
     int64_t widest = std::max({ffn, wide, model.hidden}), few = model.kv_heads * model.head_dim;
     Buffers b;
     b.integer_width = integer_width(widest), b.sum_width = most_groups();
-    int64_t rows = std::max<int64_t>(24, group), padded = (model.head_dim + 15) / 16 * 16;
-    b.scratch_size = rows * (model.head_dim + padded + max_length + 2 * BLOCK) + BLOCK * padded + PER_THREAD;
+    int64_t rows = std::max(QUERIES, group);
+    b.scratch_size = 2 * seen_size(rows, value_dim(model)) + rows * (model.head_dim + SEGMENT) + PER_THREAD;
     b.scratch_size = (b.scratch_size + 15) / 16 * 16;
     arena.begin();
     b.hidden = arena.take<float>(tokens * model.hidden);
@@ -96,6 +107,7 @@ struct Decoder {
     b.value = arena.take<float>(tokens * few);
     b.gate = arena.take<float>(tokens * ffn);
     b.up = arena.take<float>(tokens * ffn);
+    b.parts = arena.take<float>(parts(step));
     b.scratch = arena.take<float>(team_size(team) * b.scratch_size);
     return b;
   }
@@ -130,14 +142,13 @@ Instructions optkit_instructions() {
 }
 
 // `instructions` must be no better than the processor's, and those that the weights are packed for.
-Decoder* optkit_open(const Model* model, int threads, int64_t max_length, Instructions instructions) {
+Decoder* optkit_open(const Model* model, int threads, Instructions instructions) {
   try {
     auto made = std::make_unique<Decoder>();
     made->model = *model;
     made->layers.assign(model->layers, model->layers + model->layer_count);
     made->model.layers = made->layers.data();
     made->kernels = &KERNELS[instructions];
-    made->max_length = max_length;
     made->team = team_open(threads);
     return made.release();
   } catch (...) {
@@ -180,7 +191,7 @@ int optkit_step(Decoder* decoder, const Step* step) {
       outside(step->table, step->row_count * step->width, decoder->model.blocks))
     return 2;
   try {
-    Call call = {decoder, step, decoder->buffers(step->token_count)};
+    Call call = {decoder, step, decoder->buffers(*step)};
     team_run(decoder->team, run, &call);
     return 0;
   } catch (const std::bad_alloc&) {

@@ -13,9 +13,16 @@ struct Buffers {
   int32_t* zeros;     // [tokens]: zero points
   int32_t* sums;      // [tokens][sum_width]: of each group of `integers`
   float *query, *key, *value, *gate, *up;
+  float* parts;       // what rows that share segments have seen of each, see attention.inc
   float* scratch;     // [threads][scratch_size]
   int64_t integer_width, sum_width, scratch_size;
 };
+
+constexpr int64_t QUERIES = 24;   // query rows that attend together, where a group is not larger
+constexpr int64_t SEGMENT = 256;  // positions that they see before their scores are forgotten
+
+static inline int64_t value_dim(const Model& m) { return (m.head_dim + TILE - 1) / TILE * TILE; }
+static inline int64_t seen_size(int64_t rows, int64_t padded) { return (rows * (padded + 2) + 15) / 16 * 16; }
 
 double seconds_now();
 
