@@ -108,8 +108,10 @@ class Finished:
     events: Events
 
 
-def run_apply(recipe: Path, out: Path, observers: Iterable[object] = (), *, overwrite: bool = False) -> Outcome:
-    plugins = Plugins.load(third_party=False)
+def run_apply(
+    recipe: Path, out: Path, observers: Iterable[object] = (), *, overwrite: bool = False, third_party: bool = False
+) -> Outcome:
+    plugins = Plugins.load(third_party=third_party)
     for number, observer in enumerate(observers):
         plugins.register(observer, f"observer {number}")
     plan = make_plan(load_recipe(recipe, plugins), plugins)
@@ -118,7 +120,7 @@ def run_apply(recipe: Path, out: Path, observers: Iterable[object] = (), *, over
 
 @pytest.fixture
 def run(tmp_path: Path) -> Callable[..., Outcome]:
-    """`run(recipe, out, observers=(), overwrite=False)` applies in this process, with optkit's own plugins."""
+    """`run(recipe, out, observers=(), overwrite=False, third_party=False)` applies in this process."""
     return run_apply
 
 
