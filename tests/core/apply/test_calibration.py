@@ -81,7 +81,7 @@ def test_a_transform_gets_windows_that_evaluation_does_not_use(desk, run, events
     assert not any(tuple(ids[i : i + 32]) in runs for ids in first["ids"] for i in range(17))
     # The very text of the evaluation, which repeats itself, has nothing else to learn from.
     recipe = desk.recipe(transforms=TRANSFORMS, calibration=CALIBRATION | {"dataset": same, "sequence_length": 64})
-    with pytest.raises(RecipeError, match="that share text with the evaluation's, found 6; lower calibration.samples"):
+    with pytest.raises(RecipeError, match=r"share text with the evaluation's, found 6; lower calibration\.samples"):
         run(recipe, desk.folder / "other", third_party=True)
 
 
