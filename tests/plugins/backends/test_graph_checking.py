@@ -54,6 +54,11 @@ def test_a_graph_may_differ_as_far_as_last_bits_take_its_module(rounds, tiny_ber
     assert not any(part._forward_hooks for part in tupled.modules())
 
 
+def test_a_module_may_compute_in_bfloat16(tiny_bert):
+    tupled = Tuple(tiny_bert().module.bfloat16())
+    check_sizes(tupled, tupled, OTHERS, "BertModel", "what somebody compiled")
+
+
 def test_what_a_step_writes_does_not_reach_the_graph():
     class Writes(nn.Module):
         def forward(self, cache):

@@ -68,7 +68,7 @@ def _disturbed(module: nn.Module) -> Iterator[None]:
     generator = torch.Generator().manual_seed(0)
 
     def disturb(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return output * (1 + _DISTURBED * torch.randn(output.shape, generator=generator))
+        return (output * (1 + _DISTURBED * torch.randn(output.shape, generator=generator))).to(output.dtype)
 
     hooks = [
         part.register_forward_hook(disturb) for part in module.modules() if isinstance(part, nn.Linear | nn.Conv2d)
