@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,9 @@ def quantized(graph: Path, calibration: Path) -> Any:
     if not file.is_file():
         samples = [np.array([ids], np.int64) for ids in json.loads(calibration.read_text())]
         inputs = [{"input_ids": ids, "attention_mask": np.ones_like(ids)} for ids in samples]
-        model = nncf.quantize(
-            core.read_model(graph), nncf.Dataset(inputs), model_type=nncf.ModelType.TRANSFORMER, subset_size=len(inputs)
-        )
+        data, kind = nncf.Dataset(inputs), nncf.ModelType.TRANSFORMER
+        with redirect_stdout(sys.stderr):  # it tells there how far it is
+            model = nncf.quantize(core.read_model(graph), data, model_type=kind, subset_size=len(inputs))
         openvino.save_model(model, file)
     hints = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_NUM_THREADS": len(os.sched_getaffinity(0))}
     return core.compile_model(core.read_model(file), "CPU", hints)
