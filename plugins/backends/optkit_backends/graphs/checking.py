@@ -27,10 +27,10 @@ def check_sizes(
 ) -> None:
     """Check that a compiled graph gives what its module gives.
 
-    The module itself says how near that has to be: its linear layers and convolutions are disturbed by a
-    thousandth of a percent, and the graph may be 3 times as far from it as that takes it, or 1e-4 of the outputs'
-    norm. Where layers round their inputs, last bits tip numbers to the other neighbour, and that is a few percent. A size
-    at which the disturbance moves the module by as much as its output tells little: others have to.
+    The module itself says how near that has to be: its linear layers and convolutions are disturbed by a thousandth of
+    a percent, and the graph may be 3 times as far from it as that takes it, or 1e-4 of the outputs' norm. Where layers
+    round their inputs, last bits tip numbers to the other neighbour, and that is a few percent. A size at which the
+    disturbance moves the outputs by their own norm tells little: others have to.
 
     Args:
         module: gives a tuple of tensors.
