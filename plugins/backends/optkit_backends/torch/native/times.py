@@ -39,25 +39,25 @@ def kernel_times(
 ) -> list[KernelTime]:
     """The times of one step, in order of execution."""
     times = [KernelTime("model.embed_tokens", "native embedding", seconds[0])]
+    wanted = sum(len(row.wanted) for row in plan.rows)
     for index in range(model.layer_count):
-        layer = model.layers[index]
+        layer, last = model.layers[index], index == model.layer_count - 1
         for phase, (path, kernel, names) in enumerate(_PHASES):
             taken = seconds[1 + index * len(_PHASES) + phase]
             place = f"model.layers.{index}.{path}"
             if names:
-                times.append(
-                    _product(place, [getattr(layer, name) for name in names], taken, plan.tokens, instructions)
-                )
+                # Behind the cache, the last layer is for rows of logits alone.
+                rows = wanted if last and "query" not in names else plan.tokens
+                times.append(_product(place, [getattr(layer, name) for name in names], taken, rows, instructions))
             elif kernel != "rounding" or layer.out.rounding:
                 times.append(KernelTime(place, f"native {kernel}", taken))
-    rows = sum(len(row.wanted) for row in plan.rows)
-    times.append(_product("lm_head", [model.head], seconds[-1], rows, instructions))
+    times.append(_product("lm_head", [model.head], seconds[-1], wanted, instructions))
     return times
 
 
 def _product(path: str, linears: Sequence[Linear], seconds: float, rows: int, instructions: Instructions) -> KernelTime:
     weights = [getattr(linear, "in") * linear.out for linear in linears]
     kinds = dict.fromkeys(f"{_STORED[one.storage]} weights{', int8 input' if one.rounding else ''}" for one in linears)
-    stored = sum(count * _BYTES[one.storage] for count, one in zip(weights, linears, strict=True))
+    stored = sum(count * _BYTES[one.storage] for count, one in zip(weights, linears, strict=True)) if rows else 0
     kernel = f"native product ({' and '.join(kinds)}; {instructions.title})"
     return KernelTime(path, kernel, seconds, int(stored), 2 * rows * sum(weights))

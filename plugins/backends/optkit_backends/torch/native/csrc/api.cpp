@@ -73,13 +73,12 @@ struct Decoder {
     return most;
   }
 
-  // Floats of all segments of rows that may share them out.
+  // Floats of all segments of rows that may share them out: of few tokens, or whose last layer is for few.
   int64_t parts(const Step& step) const {
-    int64_t group = model.heads / model.kv_heads, total = 0;
+    int64_t group = model.heads / model.kv_heads, few = std::max<int64_t>(QUERIES / group, 1), total = 0;
     for (int64_t row = 0; row < step.row_count; row++) {
       int64_t count = step.starts[row + 1] - step.starts[row], most = (step.computed[row] + count - 1) / SEGMENT + 1;
-      if (count <= std::max<int64_t>(QUERIES / group, 1))
-        total += model.kv_heads * most * seen_size(count * group, value_dim(model));
+      total += model.kv_heads * most * seen_size(std::min(count, few) * group, value_dim(model));
     }
     return total;
   }
@@ -182,13 +181,15 @@ int optkit_product(const Linear* layer, const float* in, int64_t rows, float* ou
   }
 }
 
-// 0; 1 where memory is missing; 2 for tokens that the vocabulary, or blocks that the cache, does not have.
+// 0; 1 where memory is missing; 2 for tokens that the vocabulary, blocks that the cache, or places that the step does
+// not have.
 int optkit_step(Decoder* decoder, const Step* step) {
   auto outside = [](const int32_t* numbers, int64_t count, int64_t end) {
     return std::any_of(numbers, numbers + count, [end](int32_t number) { return number < 0 || number >= end; });
   };
   if (outside(step->tokens, step->token_count, decoder->model.vocabulary) ||
-      outside(step->table, step->row_count * step->width, decoder->model.blocks))
+      outside(step->table, step->row_count * step->width, decoder->model.blocks) ||
+      outside(step->kept, step->kept_count, step->token_count))
     return 2;
   try {
     Call call = {decoder, step, decoder->buffers(*step)};

@@ -79,7 +79,7 @@ struct Step {
   const int32_t* starts;    // [rows + 1]: each row's tokens on the axis
   const int32_t* computed;  // [rows]: tokens in the cache before the step
   const int32_t* table;     // [rows][width]: block ids
-  const int32_t* kept;      // [kept_count]: places on the axis whose logits are wanted
+  const int32_t* kept;      // [kept_count]: places on the axis whose logits are wanted, in order; a row's side by side
   float* logits;            // [kept_count][vocabulary]
   double* seconds;          // [(layer_count * PHASES) + 2], or null: not timed
   int64_t token_count, row_count, width, kept_count;
