@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from optkit.errors import RecipeError
 from optkit.quantized import QuantizedLinear
-from optkit_backends.torch.native.layout import CACHES, TILE, Instructions, Layer, Linear, Model, pack
+from optkit_backends.torch.native.layout import CACHES, TILE, Layer, Linear, Model, pack
 from optkit_backends.torch.native.lowering import ARCHITECTURES
 from optkit_backends.torch.pool import BLOCK_SIZE, LayerShape, Pool
 
@@ -40,7 +40,6 @@ class Decoder:
         module: a causal language model of transformers, of an architecture that `lowering` knows.
         windows: of each layer: how many of the last tokens it sees; None for all.
         max_length: tokens of one sequence.
-        instructions: of the kernels that will run it.
         where: the model comes from, for errors.
 
     Attributes:
@@ -51,11 +50,8 @@ class Decoder:
         RecipeError: the model has a detail that the kernels do not.
     """
 
-    def __init__(
-        self, module: Any, windows: Sequence[int | None], max_length: int, instructions: Instructions, where: str
-    ) -> None:
+    def __init__(self, module: Any, windows: Sequence[int | None], max_length: int, where: str) -> None:
         self._where, self._keep, self._config = where, list[Tensor](), module.config
-        self._instructions = instructions
         config = module.config
         self._check_kind()
         attentions = [layer.self_attn for layer in module.model.layers]
@@ -142,7 +138,7 @@ class Decoder:
             group = layer.scheme.group_size or layer.in_features
             if group > _MOST_SUMMED:
                 raise self._refused(f"sums {group} products of integers at {path}, more than {_MOST_SUMMED}")
-        return pack(layer, self._instructions, self._keep)
+        return pack(layer, self._keep)
 
     def _norm(self, norm: Any) -> int:
         weight = norm.weight.detach().float()

@@ -83,13 +83,12 @@ class Step(ctypes.Structure):
     )
 
 
-def pack(layer: nn.Module, instructions: Instructions, keep: list[Tensor]) -> Linear:
+def pack(layer: nn.Module, keep: list[Tensor]) -> Linear:
     """A linear layer for the kernels.
 
     Args:
         layer: `torch.nn.Linear`, or `optkit.quantized.QuantizedLinear` of integers in groups of an even number of
             features.
-        instructions: of the kernels that will multiply it.
         keep: gets the tensors that the struct points into, which must outlive it.
     """
 
@@ -114,15 +113,12 @@ def pack(layer: nn.Module, instructions: Instructions, keep: list[Tensor]) -> Li
         packed = _pairs(weight) if made.rounding == _KEPT else _halves(_padded(weight, made.group, 8))
     elif made.rounding == _KEPT:
         made.storage, packed = _INT8, _by_step(weight, 2)
-    elif instructions == Instructions.AVX512_VNNI:
+    else:
         padded = _padded(weight, made.group, 4)
         made.storage, packed = _INT8_STEPS, (_by_step(padded, 4).short() + 128).to(torch.uint8)
-    else:
-        made.storage, packed = _INT8_STEPS, _by_step(_padded(weight, made.group, 2), 2)
     made.weight, made.scale = pointer(packed), pointer(_by_column(layer.scale.float()))
     made.zero = pointer(None if layer.zero_point is None else _by_column(layer.zero_point.float()))
-    less_zeros = made.storage == _INT8_STEPS and instructions != Instructions.AVX512_VNNI
-    if made.rounding != _SYMMETRIC and made.rounding != _KEPT and not less_zeros:
+    if made.rounding != _SYMMETRIC and made.rounding != _KEPT:
         made.sums = pointer(_by_column(_sums(layer)))
     return made
 

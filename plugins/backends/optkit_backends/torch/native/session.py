@@ -52,7 +52,7 @@ class NativeSession(PooledSession):
         self._instructions = best if instructions is None else instructions
         if self._instructions > best:
             raise MachineError(f"these kernels need a processor with {self._instructions.title}", found=best.title)
-        self._decoder: Any = Decoder(module, paged.windows, limits.max_length, self._instructions, str(weights))
+        self._decoder: Any = Decoder(module, paged.windows, limits.max_length, str(weights))
         self._pool = Pool.within(limits, self._decoder.shapes)
         self._decoder.use(self._pool)
         self._handle = self._library.optkit_open(ctypes.byref(self._decoder.model), threads, self._instructions)

@@ -55,8 +55,13 @@ class Arena {
   size_t next_ = 0;
 };
 
-// Bytes of a row of integers: four for a feature, as groups of two take when padded to eight, and a vector to write over.
+// Of a row of integers: four for a feature, as groups of two take when padded to eight, and a vector to write over.
 int64_t integer_width(int64_t features) { return (4 * features + 127) / 64 * 64; }
+
+int64_t groups_of(const Linear& layer) { return layer.in / layer.group; }
+
+// Of a row's rests: three for a step of four features at most.
+int64_t rest_width(const Linear& layer) { return 3 * groups_of(layer) * ((layer.group + 3) / 4); }
 
 struct Decoder {
   Model model;
@@ -65,12 +70,13 @@ struct Decoder {
   const Kernels* kernels;
   Arena arena;
 
-  int64_t most_groups() const {
-    int64_t most = model.head.in / model.head.group;
+  template <typename Size>
+  int64_t most(const Size& size) const {
+    int64_t found = size(model.head);
     for (const auto& layer : layers)
       for (const auto* one : {&layer.query, &layer.key, &layer.value, &layer.out, &layer.gate, &layer.up, &layer.down})
-        most = std::max(most, one->in / one->group);
-    return most;
+        found = std::max(found, size(*one));
+    return found;
   }
 
   // Floats of all segments of rows that may share them out: of few tokens, or whose last layer is for few.
@@ -89,7 +95,7 @@ struct Decoder {
     for (const auto& layer : layers) ffn = std::max(ffn, layer.gate.out);
     int64_t widest = std::max({ffn, wide, model.hidden}), few = model.kv_heads * model.head_dim;
     Buffers b;
-    b.integer_width = integer_width(widest), b.sum_width = most_groups();
+    b.integer_width = integer_width(widest), b.sum_width = most(groups_of), b.rest_width = most(rest_width);
     int64_t rows = std::max(QUERIES, group);
     b.scratch_size = 2 * seen_size(rows, value_dim(model)) + rows * (model.head_dim + SEGMENT) + PER_THREAD;
     b.scratch_size = (b.scratch_size + 15) / 16 * 16;
@@ -101,6 +107,8 @@ struct Decoder {
     b.scales = arena.take<float>(tokens);
     b.zeros = arena.take<int32_t>(tokens);
     b.sums = arena.take<int32_t>(tokens * b.sum_width);
+    b.ends = arena.take<int32_t>(tokens * b.sum_width);
+    b.rests = arena.take<Rest>(tokens * b.rest_width);
     b.query = arena.take<float>(tokens * wide);
     b.key = arena.take<float>(tokens * few);
     b.value = arena.take<float>(tokens * few);
@@ -165,12 +173,14 @@ int optkit_product(const Linear* layer, const float* in, int64_t rows, float* ou
   try {
     Arena arena;
     Buffers b = {};
-    b.integer_width = integer_width(layer->in), b.sum_width = layer->in / layer->group;
+    b.integer_width = integer_width(layer->in), b.sum_width = groups_of(*layer), b.rest_width = rest_width(*layer);
     b.plain = arena.take<float>(rows * layer->in);
     b.integers = arena.take<int8_t>(rows * b.integer_width);
     b.scales = arena.take<float>(rows);
     b.zeros = arena.take<int32_t>(rows);
     b.sums = arena.take<int32_t>(rows * b.sum_width);
+    b.ends = arena.take<int32_t>(rows * b.sum_width);
+    b.rests = arena.take<Rest>(rows * b.rest_width);
     b.scratch = arena.take<float>(PER_THREAD);
     Team* team = team_open(1);
     KERNELS[instructions].product(team, *layer, in, rows, out, b);

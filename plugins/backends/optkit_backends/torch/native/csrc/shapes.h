@@ -12,7 +12,7 @@ enum Storage : int32_t {
   INT8 = 1,  // [tiles][in / 2][16][2] int8
   INT4 = 2,  // [tiles][in / 2][16] bytes: the even feature plus 8 in the low half, the odd one in the high
   // For int8 inputs, each group padded to whole steps of an integer product (see vectors.inc):
-  INT8_STEPS = 3,  // [tiles][steps][16][2] int8; with AVX-512 [tiles][steps][16][4] uint8, plus 128
+  INT8_STEPS = 3,  // [tiles][steps][16][4] uint8, plus 128
   INT4_STEPS = 4,  // [tiles][steps][16][4] bytes: four features plus 8 in low halves, the next four in high halves
 };
 
@@ -35,7 +35,7 @@ struct Linear {
   const void* weight;
   const float* scale;   // [tiles][groups][16], null for float32
   const float* zero;    // [tiles][groups][16]: zero points, null for symmetric weights
-  const int32_t* sums;  // [tiles][groups][16]: of weights less zero points; null if inputs in steps have no zero point
+  const int32_t* sums;  // [tiles][groups][16]: of weights less zero points; null if inputs have no zero point
   const float* bias;    // [tiles * 16] or null
   int64_t in, out;      // features, not padded
   int64_t group;        // input features that share a scale; `in` where all do

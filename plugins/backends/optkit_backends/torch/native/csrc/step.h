@@ -3,19 +3,27 @@
 #include "shapes.h"
 #include "team.h"
 
+// What is left to multiply of four inputs that were too large for one step of products.
+struct Rest {
+  int32_t step;  // of the group
+  int8_t input[4];
+};
+
 // Room for one step of so many tokens; nothing in it outlives the step but the hidden state.
 struct Buffers {
   float* hidden;      // [tokens][hidden]
   float* given;       // [tokens][hidden]: what a part of a layer gave
   float* plain;       // [tokens][widest input]
-  int8_t* integers;   // [tokens][integer_width] bytes: rounded; int16 less the zero point, or int8
+  int8_t* integers;   // [tokens][integer_width]: rounded
   float* scales;      // [tokens]
   int32_t* zeros;     // [tokens]: zero points
-  int32_t* sums;      // [tokens][sum_width]: of each group of `integers`
+  int32_t* sums;      // [tokens][sum_width]: of each group of integers
+  int32_t* ends;      // [tokens][sum_width]: of each group's rests
+  Rest* rests;        // [tokens][rest_width]
   float *query, *key, *value, *gate, *up;
   float* parts;       // what rows that share segments have seen of each, see attention.inc
   float* scratch;     // [threads][scratch_size]
-  int64_t integer_width, sum_width, scratch_size;
+  int64_t integer_width, sum_width, rest_width, scratch_size;
 };
 
 constexpr int64_t QUERIES = 24;   // query rows that attend together, where a group is not larger
