@@ -85,16 +85,22 @@ class _Decoder:
         self.angles = self._angles()
         # Each norm also adds up the residual stream: `hidden` is the stream, `update` what was not added yet.
         hidden, update = self._embedding(), None
+        places = self.places
         for index, layer in enumerate(body.layers):
             path = f"model.layers.{index}"
             normed, hidden = self._norm(hidden, update, layer.input_layernorm, f"{path}.input_layernorm")
-            update = self._attention(normed, layer.self_attn, index, f"{path}.self_attn")
+            if index == len(body.layers) - 1:
+                # Behind its keys and values, the last layer is for those tokens alone whose logits are wanted.
+                hidden, places = (
+                    self.builder.node("Gather", [all_tokens, self.logit_rows], f"logit_rows.{name}", axis=0)
+                    for name, all_tokens in (("hidden", hidden), ("places", places))
+                )
+            update = self._attention(normed, layer.self_attn, index, places, f"{path}.self_attn")
             name = f"{path}.post_attention_layernorm"
             normed, hidden = self._norm(hidden, update, layer.post_attention_layernorm, name)
             update = self._mlp(normed, layer.mlp, f"{path}.mlp")
         normed, _ = self._norm(hidden, update, body.norm, "model.norm")
-        rows = self.builder.node("Gather", [normed, self.logit_rows], "logit_rows.gather", axis=0)
-        logits = self.builder.linear(rows, self.model.lm_head, "lm_head")
+        logits = self.builder.linear(normed, self.model.lm_head, "lm_head")
         self.builder.output(logits, "logits", FLOAT, ["logits", self.model.lm_head.out_features])
 
     def _angles(self) -> list[ir.Value]:
@@ -134,7 +140,8 @@ class _Decoder:
         normed, _, _, total = self.builder.nodes(operator, operands, name, MICROSOFT, 4, epsilon=epsilon)
         return normed, total
 
-    def _attention(self, hidden: ir.Value, layer: Any, index: int, path: str) -> ir.Value:
+    def _attention(self, hidden: ir.Value, layer: Any, index: int, places: ir.Value, path: str) -> ir.Value:
+        """What attention gives to the tokens at `places` `[tokens, 2]`; all of them see, and are seen."""
         builder = self.builder
         spread = [
             builder.node("Gather", [part, self.spread], f"{path}.spread.{place}", axis=0)
@@ -172,7 +179,7 @@ class _Decoder:
         )
         for value, kind in zip(present, ("key", "value"), strict=True):
             builder.output(value, f"present.{index}.{kind}", kept, shape)
-        packed = builder.node("GatherND", [output, self.places], f"{path}.pack")
+        packed = builder.node("GatherND", [output, places], f"{path}.pack")
         return builder.linear(packed, layer.o_proj, f"{path}.o_proj")
 
     def _cache_scales(self, layer: Any, heads: int, path: str) -> tuple[list[ir.Value | None], dict[str, Any]]:
