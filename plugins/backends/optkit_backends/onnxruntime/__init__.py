@@ -41,7 +41,7 @@ class OnnxRuntime(Backend):
     The graph is built from the loaded model: fused attention that writes its KV cache in place, fused norms, and one
     product for query, key and value. Integer weights keep their very integers. A quantized head that is tied to the
     embedding is stored once. Weights lie in huge pages where Linux gives them on request. What it gains is measured in
-    `benchmarks/quickstart.json`, and beside onnxruntime-genai in `benchmarks/cpu_lm/cpu_lm.json`.
+    `benchmarks/quickstart.json`, and beside onnxruntime-genai in `benchmarks/cpu_lm/cpu_lm-onnxruntime.json`.
 
     Encoders and image classifiers come from torch's own exporter, of any architecture that it can express; an encoder's
     attention is one operator.
