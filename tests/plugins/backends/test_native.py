@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import random
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -439,32 +436,3 @@ def test_what_cannot_be_built_is_said_in_one_line(monkeypatch, tmp_path):
     ) as raised:
         building.library.__wrapped__()
     assert "\n" not in str(raised.value)
-
-
-SANITIZED = """
-import sys
-
-import pytest
-
-from optkit_backends.torch.native import building
-
-building._FLAGS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"]
-building._LINKING += ["-fsanitize=address,undefined"]
-wanted = "products or schedule or architectures or conforms"
-sys.exit(pytest.main(["-q", "-n0", "-p", "no:cacheprovider", "--timeout=0", "-k", wanted, sys.argv[1]]))
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_sanitizers_find_nothing(tmp_path):
-    preloaded = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
-    environment = os.environ | {
-        "LD_PRELOAD": preloaded.stdout.strip(),
-        "ASAN_OPTIONS": "detect_leaks=0",  # Python's own
-        "OPTKIT_CACHE": str(tmp_path),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", SANITIZED, __file__], env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
