@@ -21,7 +21,7 @@ from optkit.engine.following import Followed
 from optkit.engine.memory import Memory
 from optkit.engine.request import Event, FinishReason, PromptFacts, Request, TokenLogprob
 from optkit.engine.rows import idle_row, row_of, score_prompt, wants_scores
-from optkit.engine.sampler import Sampler, finite_rows
+from optkit.engine.sampler import Sampler, finite_rows, likeliest_tokens
 from optkit.engine.sequence import Group, Sequence
 from optkit.engine.speculation import Drafter, draft
 from optkit.engine.stats import Stats
@@ -281,11 +281,13 @@ class Engine(Followed):
         if not ready:
             return
         stacked = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        finite = finite_rows(stacked)
-        if not finite.all():
+        likeliest = likeliest_tokens(stacked)
+        finite = finite_rows(stacked, likeliest)
+        if not all(finite):
             ready, stacked = self._without_infinite(ready, stacked, finite)
+            likeliest = likeliest_tokens(stacked)
         if ready:
-            self._append(ready, stacked)
+            self._append(ready, stacked, likeliest)
 
     def _arrive(self, sequence: Sequence, computed: int) -> None:
         self._memory.advance(sequence, computed)
@@ -293,10 +295,10 @@ class Engine(Followed):
             self._memory.trim(sequence)
             self._memory.fork(sequence.group)
 
-    def _append(self, ready: list[tuple[Sequence, int]], logits: Floats) -> None:
+    def _append(self, ready: list[tuple[Sequence, int]], logits: Floats, likeliest: list[int]) -> None:
         handles = [sequence.handle for sequence, new in ready for _ in range(new)]
         positions = [len(sequence.tokens) + place for sequence, new in ready for place in range(new)]
-        sampled = self._sampler.sample(logits, handles, positions)
+        sampled = self._sampler.sample(logits, handles, positions, likeliest)
         place, taken = 0, []
         for sequence, new in ready:
             agreed = 1
@@ -348,11 +350,11 @@ class Engine(Followed):
                 self._memory.release(self._ended.pop())
 
     def _without_infinite(
-        self, ready: list[tuple[Sequence, int]], logits: Floats, finite: npt.NDArray[np.bool_]
+        self, ready: list[tuple[Sequence, int]], logits: Floats, finite: list[bool]
     ) -> tuple[list[tuple[Sequence, int]], Floats]:
         places = np.cumsum([0, *(new for _, new in ready)])
         for (sequence, _), start, end in zip(ready, places, places[1:], strict=False):
-            if not finite[start:end].all():
+            if not all(finite[start:end]):
                 self._fail(self._sequences.get(sequence.id), NOT_FINITE)
         kept = [sequence.id in self._sequences for sequence, _ in ready]
         rows = np.repeat(kept, [new for _, new in ready])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from optkit.engine.sampler import finite_rows, score
+from optkit.engine.sampler import finite_rows, likeliest_tokens, score
 from optkit.engine.sequence import Group, Sequence
 from optkit.steps import Row
 
@@ -44,7 +44,7 @@ def score_prompt(group: Group, row: Row, logits: npt.NDArray[np.float32]) -> boo
     """
     prompt, start = group.request.prompt, len(group.prompt_logprobs)
     end = min(row.computed + len(row.wanted), len(prompt) - 1)
-    if not finite_rows(logits).all():
+    if not all(finite_rows(logits, likeliest_tokens(logits))):
         return False
     if end > start:
         known = logits[start - row.computed : end - row.computed]

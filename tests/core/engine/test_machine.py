@@ -288,8 +288,8 @@ def lose_a_request(patch: pytest.MonkeyPatch) -> None:
 def double_a_token(patch: pytest.MonkeyPatch) -> None:
     append = Engine._append
 
-    def twice(self: Engine, ready: Any, logits: Any) -> None:
-        append(self, ready, logits)
+    def twice(self: Engine, ready: Any, *found: Any) -> None:
+        append(self, ready, *found)
         for sequence, _ in ready[:1]:
             if sequence.finished is None and sequence.output == 3:
                 sequence.tokens.append(sequence.tokens[-1])

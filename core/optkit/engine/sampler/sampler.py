@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from optkit.engine.sampler.philox import uniform
 from optkit.engine.sampler.scoring import score
 from optkit.engine.structure import Matcher, allowed_tokens
 
-__all__ = ["Sampled", "Sampler", "finite_rows"]
+__all__ = ["Sampled", "Sampler", "finite_rows", "likeliest_tokens"]
 
 Integers = npt.NDArray[np.int64]
 Logits = npt.NDArray[np.float32]
@@ -131,16 +132,24 @@ class Sampler:
         self._plain.discard(handle)
         self._free.append(handle)
 
-    def sample(self, logits: Logits, handles: Sequence[int], positions: Sequence[int]) -> Sampled:
+    def sample(
+        self,
+        logits: Logits,
+        handles: Sequence[int],
+        positions: Sequence[int],
+        likeliest: Sequence[int] | None = None,
+    ) -> Sampled:
         """One token for each row. Changes neither the samples nor `logits`.
 
         Args:
             logits: `[rows, vocabulary]` float32, all `finite_rows`.
             handles: of each row. Where the parameters do not depend on history, a sample may have several rows.
             positions: in prompt and output together, that each row's token will take.
+            likeliest: `likeliest_tokens(logits)`, where they are known.
         """
         if self._plain.issuperset(handles):
-            return Sampled(logits.argmax(axis=1).tolist(), [None] * len(handles))
+            found = likeliest_tokens(logits) if likeliest is None else list(likeliest)
+            return Sampled(found, [None] * len(handles))
         rows = np.asarray(handles, dtype=np.int64)
         settings, places = self._settings[rows], np.asarray(positions, dtype=np.int64)
         banned = places < settings["end_from"]
@@ -192,12 +201,20 @@ class Sampler:
             self._penalties.apply(logits, some, slots[some])
 
 
-def finite_rows(logits: Logits) -> npt.NDArray[np.bool_]:
-    """Which rows can be sampled, `[rows]`: those without NaN and plus infinity, and not minus infinity throughout."""
-    # NaN is the greatest to argmax, which numpy has in vectors: several times as fast as max along an axis.
-    likeliest = logits.argmax(axis=1)
-    finite: npt.NDArray[np.bool_] = np.isfinite(logits[np.arange(len(logits)), likeliest])
-    return finite
+def likeliest_tokens(logits: Logits) -> list[int]:
+    """The token of each row with the greatest logit, or with the first NaN. `logits` is `[rows, vocabulary]`."""
+    found: list[int] = logits.argmax(axis=1).tolist()
+    return found
+
+
+def finite_rows(logits: Logits, likeliest: Sequence[int]) -> list[bool]:
+    """Which rows can be sampled: those without NaN and plus infinity, and not minus infinity throughout.
+
+    Args:
+        logits: `[rows, vocabulary]`.
+        likeliest: their `likeliest_tokens`.
+    """
+    return [math.isfinite(logits[place]) for place in enumerate(likeliest)]
 
 
 def _penalized(params: SamplingParams) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from array import array
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -77,10 +78,11 @@ class NativeSession(PooledSession):
             ends.append(len(kept))
             table += (*row.blocks, *(0,) * (width - len(row.blocks)))
         parts = (tokens, starts, [row.computed for row in rows], table, kept)
-        # One array: what a call costs counts where a step is of one token.
-        numbers = np.array(list(chain.from_iterable(parts)), np.int32)
+        # One array, and none of numpy: what a call costs counts where a step is of one token, after which no code is in
+        # the caches any more.
+        numbers = array("i", chain.from_iterable(parts))
         logits = np.empty((len(kept), self.caps.vocab_size), np.float32)
-        places = accumulate((4 * len(part) for part in parts[:-1]), initial=numbers.ctypes.data)
+        places = accumulate((4 * len(part) for part in parts[:-1]), initial=numbers.buffer_info()[0])
         step = Step(*places, logits.ctypes.data, seconds, len(tokens), len(rows), width, len(kept))
         error = self._library.optkit_step(self._handle, ctypes.byref(step))
         if error == _OUTSIDE:
