@@ -332,6 +332,15 @@ def test_profile_tells_of_every_layer(tiny_llama, tmp_path):
     assert all(time.seconds > 0 for time in times if time.weight_bytes)
 
 
+def test_profile_counts_no_weights_that_nobody_wants(tiny_llama, tmp_path):
+    with opened(tiny_llama(), tmp_path) as session:
+        times = session.profile(StepPlan((Row(1, A, 0, (0, 1, 2), "none"),)))
+        last = f"model.layers.{session._decoder.model.layer_count - 1}."
+    unread = [time.layer for time in times if " product " in time.kernel and not time.weight_bytes]
+    parts = ("self_attn.o_proj", "mlp.gate_proj, up_proj", "mlp.down_proj")
+    assert unread == [*(last + part for part in parts), "lm_head"]
+
+
 # What is refused.
 
 

@@ -91,10 +91,8 @@ class _Decoder:
             normed, hidden = self._norm(hidden, update, layer.input_layernorm, f"{path}.input_layernorm")
             if index == len(body.layers) - 1:
                 # Behind its keys and values, the last layer is for those tokens alone whose logits are wanted.
-                hidden, places = (
-                    self.builder.node("Gather", [all_tokens, self.logit_rows], f"logit_rows.{name}", axis=0)
-                    for name, all_tokens in (("hidden", hidden), ("places", places))
-                )
+                hidden = self.builder.node("Gather", [hidden, self.logit_rows], "logit_rows.hidden", axis=0)
+                places = self.builder.node("Gather", [places, self.logit_rows], "logit_rows.places", axis=0)
             update = self._attention(normed, layer.self_attn, index, places, f"{path}.self_attn")
             name = f"{path}.post_attention_layernorm"
             normed, hidden = self._norm(hidden, update, layer.post_attention_layernorm, name)
