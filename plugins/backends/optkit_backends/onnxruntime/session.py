@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import sys
 import tempfile
+from array import array
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -155,11 +157,13 @@ class _Launch:
         slots, counts, logits = zip(*layout, strict=True)
         first, width, tokens = min(slots), max(counts), sum(counts)
         window = max(slots) + 1 - first
-        self._rows, self._counts = np.array(slots) - first, counts
+        self._rows, self._counts = [slot - first for slot in slots], counts
         # Slots of the window without a row: no new token, and a cache that is said to hold one.
-        query_seqlens, self._seqlens = np.zeros(window, np.int32), np.zeros(window, np.int32)
+        query_seqlens = np.zeros(window, np.int32)
         query_seqlens[self._rows] = counts
-        self._tokens, self._total = np.empty(tokens, np.int64), np.empty((), np.int32)
+        # What changes from step to step. No arrays of numpy: what a call costs counts where a step is of one token,
+        # after which no code is in the caches.
+        self._tokens, self._seqlens, self._total = array("q", [0] * tokens), array("i", [0] * window), array("i", [0])
         spread, places = np.zeros((window, width), np.int64), np.empty((tokens, 2), np.int64)
         kept: list[int] = []
         self._ends: list[int] = []
@@ -175,17 +179,17 @@ class _Launch:
         self._wanted, self._bound = len(kept), UNBOUND
         # Bindings hold addresses only, so the arrays live here.
         self._inputs = {
-            "tokens": self._tokens,
+            "tokens": np.frombuffer(self._tokens, np.int64),
             "spread": spread,
             "places": places,
-            "seqlens_k": self._seqlens,
+            "seqlens_k": np.frombuffer(self._seqlens, np.int32),
             "query_seqlens": query_seqlens,
-            "total_sequence_length": self._total,
+            "total_sequence_length": np.frombuffer(self._total, np.int32).reshape(()),
             "logit_rows": np.array(kept, np.int64),
         }
         self._session, self._binding = session, session.io_binding()
-        for name, array in self._inputs.items():
-            self._binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        for name, held in self._inputs.items():
+            self._binding.bind_input(name, "cpu", 0, held.dtype, held.shape, held.ctypes.data)
         for name, whole in cache.items():
             view = whole[first : first + window]
             self._binding.bind_input(f"past.{name}", "cpu", 0, view.dtype, view.shape, view.ctypes.data)
@@ -193,11 +197,13 @@ class _Launch:
 
     def __call__(self, rows: Sequence[Row]) -> dict[int, Floats]:
         """The logits of `rows`, which have this layout, by sequence."""
-        # Few calls of numpy: after each step the weights have washed its code out of the caches.
-        self._tokens[:] = [token for row in rows for token in row.tokens]
-        lengths = [row.computed + count for row, count in zip(rows, self._counts, strict=True)]
-        self._seqlens[self._rows] = [length - 1 for length in lengths]
-        self._total[...] = max(*lengths, self._width)
+        self._tokens[:] = array("q", chain.from_iterable(row.tokens for row in rows))
+        total = self._width
+        for row, place, count in zip(rows, self._rows, self._counts, strict=True):
+            length = row.computed + count
+            self._seqlens[place] = length - 1
+            total = max(total, length)
+        self._total[0] = total
         logits, version = self._logits.take(self._wanted)
         if version != self._bound or version == UNBOUND:
             self._binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
