@@ -45,6 +45,11 @@ static inline __m512i dot(__m512i sums, __m512i a, __m512i b) {
 static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 static inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
 
+static inline Floats fused(Floats a, Floats b, Floats c) {
+  for (int i = 0; i < 16; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+}
+
 }  // namespace emulated
 
 #undef _mm512_srli_epi16
@@ -53,6 +58,7 @@ static inline Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
 #define _mm512_cvtepi8_epi32 emulated::widened<int8_t>
 #define _mm512_max_ps emulated::larger
 #define _mm512_min_ps emulated::smaller
+#define _mm512_fmadd_ps emulated::fused
 #define _mm512_setzero_si512() __m512i{}
 #define _mm512_loadu_si512 emulated::load
 #define _mm512_set1_epi32 emulated::all

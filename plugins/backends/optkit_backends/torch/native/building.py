@@ -18,8 +18,9 @@ from optkit_backends.torch.native.layout import Instructions, Linear, Model, Ste
 __all__ = ["best_instructions", "library", "missing"]
 
 _SOURCES = Path(__file__).with_name("csrc")
-# What changes no result but which of two neighbours a float is: errno of math functions, and floating-point traps.
-_FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-Wno-psabi"]
+# Without what changes no result but which of two neighbours a float is: errno of math functions, floating-point traps,
+# and products fused with sums wherever a compiler likes (see `fused` in vectors.inc).
+_FLAGS = ["-O3", "-std=c++20", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-Wno-psabi"]
 _LINKING = ["-pthread"]
 
 
