@@ -24,6 +24,7 @@ __all__ = [
     "accelerator",
     "cpu_name",
     "devices",
+    "exact_byte_products",
     "isa",
     "libraries",
     "machine",
@@ -53,6 +54,7 @@ EXTENSIONS = {
     "sve": "sve",
     "sve2": "sve2",
 }
+EXACT = frozenset({"avx_vnni", "avx512_vnni", "amx_int8"})
 LIBRARIES = (
     "accelerate",
     "compressed-tensors",
@@ -162,6 +164,14 @@ def isa(cpuinfo: Path = Path("/proc/cpuinfo")) -> tuple[str, ...]:
     if not flags and platform.machine() in ("arm64", "aarch64"):
         flags = {"asimd"}  # part of the base architecture
     return tuple(dict.fromkeys(name for flag, name in EXTENSIONS.items() if flag in flags))
+
+
+def exact_byte_products() -> bool:
+    """Whether x86 instructions here add products of unsigned and signed bytes in 32 bits, as VNNI and AMX do.
+
+    Those of older processors add two of them in 16 bits, which saturates.
+    """
+    return not EXACT.isdisjoint(isa())
 
 
 def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:

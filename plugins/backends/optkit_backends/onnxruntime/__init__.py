@@ -47,9 +47,9 @@ class OnnxRuntime(Backend):
     attention is one operator.
     Batches of about 512 tokens run fastest, for what a layer passes to the next stays in the cache (`max_batch_tokens`
     of `bucketed`). Int8 activations, static or by token, are multiplied as integers, exactly on every processor.
-    Weights of 8 bits run in kernels that cannot saturate; on x86 without VNNI those take half as long again as the ones
-    that weights of 7 bits get, and both are faster than float32. What encoders gain is measured in
-    `benchmarks/encoders/encoders.json`.
+    Where x86 has no VNNI, weights of 8 bits run in kernels that cannot saturate: those take half as long again as the
+    ones that weights of 7 bits get, and both are faster than float32. With VNNI both run in the same kernels. What
+    encoders gain is measured in `benchmarks/encoders/encoders.json`, and with VNNI in `encoders-xeon.json`.
 
     Document: ContribOperators.md of ONNX Runtime 1.32 (GroupQueryAttention, MatMulNBits, GatherBlockQuantized,
     MultiHeadAttention, MatMulIntegerToFloat).

@@ -117,7 +117,8 @@ class _Stored(nn.Module):
     Activations are stored unsigned, and so are weights of 8 bits and their zero points; the numbers are the same. Where
     a processor has no VNNI, the kernels of ONNX Runtime for unsigned by signed saturate at 16 bits, which no option but
     a pass over the graph prevents, and that pass fails where two layers share weights. Weights of fewer bits cannot
-    saturate: they stay signed, which is faster there.
+    saturate: they stay signed, which is faster there. Where there is VNNI all are signed once they are loaded: see
+    `signs`.
     """
 
     weight: Tensor

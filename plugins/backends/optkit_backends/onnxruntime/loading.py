@@ -7,8 +7,10 @@ from typing import Any, Literal
 
 import onnxruntime
 
+from optkit import hardware
 from optkit.errors import DamagedError, MissingError
 from optkit_backends.onnxruntime import CPU
+from optkit_backends.onnxruntime.signs import with_signed_weights
 
 __all__ = ["Optimization", "load"]
 
@@ -22,6 +24,8 @@ LEVELS = {
 # On the CPU it makes an operator of a sum and the norm after it that adds number by number. Apart, both are vectorized:
 # a row of 384 took 0.7 microseconds, not 2.5.
 SLOWER = "SkipLayerNormFusion"
+# Where the other weights of a graph lie that does not come from a file.
+FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 def load(
@@ -63,7 +67,13 @@ def load(
     if trace:
         options.enable_profiling, options.profile_file_prefix = True, str(trace)
     try:
-        return onnxruntime.InferenceSession(graph, options, providers=[provider], disabled_optimizers=slower)
+        model: Path | bytes = graph
+        if provider == CPU and hardware.exact_byte_products() and (changed := with_signed_weights(graph)):
+            model, weights = changed
+            values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in weights.values()]
+            options.add_external_initializers([*weights], values)
+            options.add_session_config_entry(FOLDER, str(graph.parent))
+        return onnxruntime.InferenceSession(model, options, providers=[provider], disabled_optimizers=slower)
     except Exception as error:  # the runtime's exceptions share no other base
         if "disable_cpu_ep_fallback" in str(error) or "fallback to CPU EP" in str(error):
             what = f"{provider} has no kernel for some of its operators"

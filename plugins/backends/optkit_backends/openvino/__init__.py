@@ -26,9 +26,6 @@ PRODUCT = "FullyConnected"
 # Where sums differ in their last bits a rounding now and then tips, and each layer multiplies what the ones before
 # tipped: on MiniLM to two thirds of the rounding error itself. Twice what that shows.
 ROUNDING_TOLERANCE = 0.3
-# What a processor must have for products of int8 to be summed in 32 bits. Without it two are summed in 16, which large
-# ones exceed: MiniLM's outputs were 0.18 from the module's own that way, not 0.14, and came no sooner.
-EXACT = frozenset({"avx_vnni", "avx512_vnni", "amx_int8"})
 # What the kernels that read integer weights need.
 READING = "avx2"
 OLDEST = (2026, 4)
@@ -89,12 +86,7 @@ class OpenVINO(Backend):
         from optkit_backends.openvino.tensors import OpenVINOTensorSession
 
         threads = self.threads or hardware.usable_cores()
-        return OpenVINOTensorSession(runtime, threads=threads, integer_products=_sums_exactly())
-
-
-def _sums_exactly() -> bool:
-    """Whether this processor's integer products are those of the integers."""
-    return not EXACT.isdisjoint(hardware.isa())
+        return OpenVINOTensorSession(runtime, threads=threads, integer_products=hardware.exact_byte_products())
 
 
 def _weights(tag: str) -> Lowering:
@@ -115,7 +107,7 @@ def _activations(tag: str) -> Lowering:
     match = ACTIVATIONS.fullmatch(tag)
     if match is None:
         return _impossible("it rounds activations to int8, by token or by calibration")
-    if match[1] == "static" and _sums_exactly():
+    if match[1] == "static" and hardware.exact_byte_products():
         return Lowering(f"{PRODUCT} (int8)", native=True, tolerance=ROUNDING_TOLERANCE)
     return Lowering(
         "inputs rounded to int8 in float32",
