@@ -94,6 +94,15 @@ def test_a_padded_batch_is_its_sequences_alone(plain):
             assert max(distances(session, plain.model.module, batch)) < 1e-5
 
 
+def test_attention_is_followed_by_the_transposition_that_its_kernel_takes_in(plain):
+    graph = conversion.openvino.Core().read_model(plain.files / conversion.GRAPH)
+    products = [node for node in graph.get_ops() if node.get_type_name() == "ScaledDotProductAttention"]
+    assert len(products) == plain.model.module.config.num_hidden_layers
+    for node in products:
+        readers = {use.get_node().get_type_name() for use in node.output(0).get_target_inputs()}
+        assert readers == {"Transpose"}
+
+
 def test_the_next_call_leaves_what_was_given_back(plain):
     with BACKEND.open(plain.files, plain.files, LIMITS) as session:
         inputs = padded(SEQUENCES[:1], session.inputs)
@@ -331,7 +340,8 @@ def test_lowering_says_which_kernel_runs_or_why_none_can(monkeypatch):
     assert lowered("weights:float")["weights:float"].native
     static = "activations:int8-static-asym"
     for isa, native in (((), False), (("avx2", "avx512f"), False), (("avx2", "avx_vnni"), True)):
-        monkeypatch.setattr(hardware, "isa", lambda isa=isa: isa)
+        for module in (hardware, hardware.facts):
+            monkeypatch.setattr(module, "isa", lambda isa=isa: isa)
         found = lowered("weights:int8-channel", static)
         assert found["weights:int8-channel"].native == ("avx2" in isa)
         assert (found[static].possible, found[static].native) == (True, native)

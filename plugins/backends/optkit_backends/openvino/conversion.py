@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from optkit.errors import RecipeError
 from optkit.model import Model
+from optkit_backends.openvino.attention import FUSED
 from optkit_backends.openvino.files import GRAPH, TensorFacts
 from optkit_backends.openvino.frontend import quiet, reader
 from optkit_backends.openvino.layers import make_exportable
@@ -44,8 +45,10 @@ def compile_model(model: Model, directory: Path) -> None:
         RecipeError: something of it cannot be traced or converted.
     """
     call, name = call_of(model), type(model.module).__name__
-    module = call.around(shallow_copy(model.module))
-    _write(module, name, call.example, call.outputs, call.dynamic, directory, root=f"{_ROOT}.module")
+    module = shallow_copy(model.module)
+    if module.config._attn_implementation == "sdpa" and module._supports_attention_backend:
+        module.config._attn_implementation = FUSED
+    _write(call.around(module), name, call.example, call.outputs, call.dynamic, directory, root=f"{_ROOT}.module")
 
 
 def compile_tensors(
