@@ -97,7 +97,10 @@ class Backend(Options):
 
 
 class Session(ABC):
-    """A compiled model, ready to run. Not thread-safe. Used as a context manager, or closed."""
+    """A compiled model, ready to run. Used as a context manager, or closed.
+
+    Not thread-safe, but for what `TensorSession.streams` says.
+    """
 
     @abstractmethod
     def close(self) -> None:
@@ -147,6 +150,8 @@ class TensorSession(Session):
 
     inputs: Mapping[str, TensorSpec]
     outputs: Mapping[str, TensorSpec]
+    streams: int = 1
+    """Calls of `run` that threads may make at the same time, and that share the cores among them."""
 
     @abstractmethod
     def run(self, inputs: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, npt.NDArray[np.generic]]:

@@ -22,7 +22,7 @@ Arrays = Mapping[str, npt.NDArray[np.generic]]
 
 
 class ArrayEngine(OneStepEngine[Arrays, Arrays]):
-    """Drives one session with one batcher, in the caller's thread.
+    """Drives one session with one batcher. One thread calls it at a time.
 
     See `OneStepEngine`. A request is some rows of every input, and its result the same rows of every output. Requests
     that are equal in all axes but the first share a call. To the batcher each counts as one token long, and with its
@@ -47,7 +47,7 @@ class ArrayEngine(OneStepEngine[Arrays, Arrays]):
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        super().__init__(batcher, limits, clock=clock)
+        super().__init__(batcher, limits, clock=clock, streams=session.streams)
         self._session, self._bounds = session, bounds
 
     def add(self, payload: Arrays) -> int:

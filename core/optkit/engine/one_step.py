@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, Generic, Literal, TypeVar
@@ -57,7 +59,7 @@ class TensorStats:
 
 
 class OneStepEngine(ABC, Generic[Payload, Result]):
-    """Drives one session with one batcher, in the caller's thread.
+    """Drives one session with one batcher. One thread calls it at a time.
 
     A schedule is one call of the model, which ends its requests. When the call raises, the batch is run again in
     halves, so that only the request that cannot be computed fails. Requests of different shapes stand in queues of
@@ -68,10 +70,16 @@ class OneStepEngine(ABC, Generic[Payload, Result]):
         limits: that the session was opened for.
         vocab_size: of the model, 0 if it has no tokens.
         clock: seconds, for the batcher.
+        streams: calls of the model at the same time. More than one have threads of their own.
     """
 
     def __init__(
-        self, batcher: Batcher, limits: Limits, vocab_size: int = 0, clock: Callable[[], float] = time.monotonic
+        self,
+        batcher: Batcher,
+        limits: Limits,
+        vocab_size: int = 0,
+        clock: Callable[[], float] = time.monotonic,
+        streams: int = 1,
     ) -> None:
         self.stats = TensorStats()
         self.wait: float | None = None
@@ -83,6 +91,8 @@ class OneStepEngine(ABC, Generic[Payload, Result]):
         self._alive: dict[int, _Request[Payload]] = {}
         self._queues: dict[Hashable, Any] = {}
         self._ended: list[Outcome[Result]] = []
+        self._streams, self._threads = streams, ThreadPoolExecutor(streams) if streams > 1 else None
+        self._running: set[Future[list[_Call[Payload, Result]]]] = set()
 
     @property
     def busy(self) -> bool:
@@ -97,22 +107,27 @@ class OneStepEngine(ABC, Generic[Payload, Result]):
     def step(self) -> list[Outcome[Result]]:
         """Run one batch, if the batcher wants one, and return the requests that ended since the last call.
 
+        With several streams it has as many batches run as can, and waits for one of them.
+
         Raises:
             RecipeError: the strategy cuts what a model of one step needs whole.
         """
         self.wait = None
-        waits: list[float] = []
-        for queue in sorted(self._queues.values(), key=lambda queue: _place(queue[0])):
-            plan = self._batcher.plan(queue, (), self._memory, self._clock())
-            if isinstance(plan, Schedule):
-                self._run(self._batch(plan, self._alive))
-                break
-            if plan.seconds is not None:
-                waits.append(plan.seconds)
+        if self._threads is None:
+            batch = self._next_batch()
+            if batch:
+                self._settle(self._calls(batch))
         else:
-            if self._alive and not waits and not self._ended:
-                raise OptkitError(f"{self._strategy} waits for ever with {len(self._alive)} requests waiting")
-            self.wait = min(waits, default=None)
+            # One more than can run, so that no thread waits until the caller is done with what ended.
+            while len(self._running) <= self._streams and (batch := self._next_batch()):
+                for request in batch:
+                    self._leave(request)
+                self._running.add(self._threads.submit(self._calls, batch))
+            done, self._running = wait_for(self._running, return_when=FIRST_COMPLETED)
+            for future in done:
+                self._settle(future.result())
+            if self._running:
+                self.wait = None  # the next step waits for those
         ended, self._ended = self._ended, []
         return ended
 
@@ -137,10 +152,17 @@ class OneStepEngine(ABC, Generic[Payload, Result]):
 
     @abstractmethod
     def _compute(self, batch: Sequence[Payload]) -> Sequence[Result]:
-        """One call of the model: the results of at least one request, which belong to one queue."""
+        """One call of the model: the results of at least one request, which belong to one queue.
+
+        Several threads may be in it, so it changes nothing.
+        """
 
     def _outcome(self, request: int, result: Result) -> Outcome[Result]:
+        """What becomes of a result, likewise in any thread."""
         return Outcome(request, "done", result)
+
+    def _count(self, batch: Sequence[Payload]) -> None:
+        """Note in `stats` what a call computed."""
 
     def _accept(
         self, payload: Payload, *, tokens: int = 1, rows: int = 1, queue: Hashable = (), priority: int = 0
@@ -181,28 +203,54 @@ class OneStepEngine(ABC, Generic[Payload, Result]):
             )
         return batch
 
-    def _run(self, batch: Sequence[_Request[Payload]]) -> None:
+    def _next_batch(self) -> list[_Request[Payload]] | None:
+        """What the batcher wants to run now; None where it waits, and then `wait` says how long."""
+        waits: list[float] = []
+        for queue in sorted(self._queues.values(), key=lambda queue: _place(queue[0])):
+            plan = self._batcher.plan(queue, (), self._memory, self._clock())
+            if isinstance(plan, Schedule):
+                return self._batch(plan, self._alive)
+            if plan.seconds is not None:
+                waits.append(plan.seconds)
+        if self._queues and not (waits or self._ended or self._running):
+            raise OptkitError(f"{self._strategy} waits for ever with {len(self._alive)} requests waiting")
+        self.wait = min(waits, default=None)
+        return None
+
+    def _calls(self, batch: Sequence[_Request[Payload]]) -> list[_Call[Payload, Result]]:
+        """A batch in one call of the model, or in halves where that raises. It leaves the engine as it is."""
         try:
             results = self._compute([request.payload for request in batch])
         except Exception as error:
             if len(batch) == 1:
-                self._end(batch[0], Outcome(batch[0].id, "error", error=f"{type(error).__name__}: {error}"))
-                return
-            self._run(batch[: len(batch) // 2])
-            self._run(batch[len(batch) // 2 :])
-            return
-        self.stats.steps += 1
-        self.stats.rows += sum(request.samples for request in batch)
-        for request, result in zip(batch, results, strict=True):
-            self._end(request, self._outcome(request.id, result))
+                ended: Outcome[Result] = Outcome(batch[0].id, "error", error=f"{type(error).__name__}: {error}")
+                return [_Call(batch, [ended], raised=True)]
+            half = len(batch) // 2
+            return [*self._calls(batch[:half]), *self._calls(batch[half:])]
+        return [_Call(batch, [self._outcome(one.id, found) for one, found in zip(batch, results, strict=True)])]
+
+    def _settle(self, calls: Sequence[_Call[Payload, Result]]) -> None:
+        for call in calls:
+            if not call.raised:
+                self.stats.steps += 1
+                self.stats.rows += sum(request.samples for request in call.batch)
+                self._count([request.payload for request in call.batch])
+            for request, outcome in zip(call.batch, call.outcomes, strict=True):
+                if request.id in self._alive:  # otherwise it was cancelled while it ran
+                    self._end(request, outcome)
 
     def _end(self, request: _Request[Payload], outcome: Outcome[Result]) -> None:
         del self._alive[request.id]
+        if request.queued:
+            self._leave(request)
+        self._ended.append(outcome)
+        self.stats.waiting = len(self._alive)
+
+    def _leave(self, request: _Request[Payload]) -> None:
+        request.queued = False
         self._queues[request.queue].remove(request)
         if not self._queues[request.queue]:
             del self._queues[request.queue]
-        self._ended.append(outcome)
-        self.stats.waiting = len(self._alive)
 
 
 def run_all(
@@ -255,6 +303,7 @@ class _Request(Generic[Payload]):
     """A request and its only sequence: implements `RequestView` and `SequenceView`."""
 
     computed = drafts = max_tokens = 0
+    queued = True
 
     def __init__(
         self, identity: int, payload: Payload, tokens: int, rows: int, queue: Hashable, priority: int, arrived: float
@@ -267,6 +316,16 @@ class _Request(Generic[Payload]):
     @property
     def sequences(self) -> tuple[_Request[Payload]]:
         return (self,)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call(Generic[Payload, Result]):
+    """A call of the model that has ended."""
+
+    batch: Sequence[_Request[Payload]]
+    outcomes: Sequence[Outcome[Result]]
+    """Of each of them."""
+    raised: bool = False
 
 
 class _NoMemory:

@@ -29,7 +29,7 @@ def encodes_text(session: TensorSession) -> bool:
 
 
 class TensorEngine(OneStepEngine[tuple[int, ...], Floats]):
-    """Drives one session with one batcher, in the caller's thread.
+    """Drives one session with one batcher. One thread calls it at a time.
 
     ```python
     engine = TensorEngine(session, batcher, limits, vocab_size)
@@ -66,7 +66,7 @@ class TensorEngine(OneStepEngine[tuple[int, ...], Floats]):
     ) -> None:
         if not encodes_text(session):
             raise OptkitError(f"no text encoder: it maps {sorted(session.inputs)} to {sorted(session.outputs)}")
-        super().__init__(batcher, limits, vocab_size, clock)
+        super().__init__(batcher, limits, vocab_size, clock, session.streams)
         self._session = session
 
     def add(self, payload: tuple[int, ...], *, priority: int = 0) -> int:
@@ -90,10 +90,12 @@ class TensorEngine(OneStepEngine[tuple[int, ...], Floats]):
     def _compute(self, batch: Sequence[tuple[int, ...]]) -> list[Floats]:
         inputs = padded(batch, self._session.inputs)
         hidden = self._session.run(inputs)[OUTPUT].astype(np.float32, copy=False)
-        tokens = sum(map(len, batch))
-        self.stats.tokens += tokens
-        self.stats.padding += inputs["input_ids"].size - tokens
         return [hidden[row, : len(ids)] for row, ids in enumerate(batch)]
+
+    def _count(self, batch: Sequence[tuple[int, ...]]) -> None:
+        lengths = [len(ids) for ids in batch]
+        self.stats.tokens += sum(lengths)
+        self.stats.padding += max(lengths) * len(lengths) - sum(lengths)
 
     def _outcome(self, request: int, result: Floats) -> Outcome[Floats]:
         if np.isfinite(result).all():

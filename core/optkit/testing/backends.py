@@ -7,6 +7,7 @@ import gc
 import tempfile
 import weakref
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -292,3 +293,15 @@ def _check_encoder(session: TensorSession, model: Model, tolerance: float, seed:
             distance = _distance(row[: len(text)], alone)
             what = f"a sequence of {len(text)} tokens in a batch of {len(batch)}"
             assert distance <= tolerance, f"{what}: {distance:.2g} from what the model gives it, not {tolerance:.2g}"
+    if session.streams > 1:
+        _check_streams(session, [padded([text], session.inputs) for text in texts])
+
+
+def _check_streams(session: TensorSession, calls: list[dict[str, npt.NDArray[np.generic]]]) -> None:
+    """Calls at the same time."""
+    with ThreadPoolExecutor(session.streams) as threads:
+        together = list(threads.map(session.run, calls * 3))
+    for place, found in enumerate(together):
+        alone = session.run(calls[place % len(calls)])
+        equal = all(np.array_equal(found[name], alone[name]) for name in alone)
+        assert equal, f"calls in {session.streams} threads: one gives something else than alone"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
+from threading import Event, Semaphore
 
 import numpy as np
 import pytest
@@ -96,10 +98,12 @@ def drained(engine, clock):
 SEQUENCES = st.lists(st.lists(st.integers(0, VOCABULARY - 1), min_size=1, max_size=32).map(tuple), max_size=25)
 
 
+@pytest.mark.parametrize("streams", [1, 3])
 @pytest.mark.parametrize("name", STRATEGIES)
 @given(sequences=SEQUENCES, types=st.booleans())
-def test_every_sequence_gets_its_own_output(name, sequences, types):
+def test_every_sequence_gets_its_own_output(name, streams, sequences, types):
     clock, session = Clock(), ScriptedEncoder(types=types)
+    session.streams = streams
     engine = engine_of(session, STRATEGIES[name], clock=clock)
     requests = {engine.add(ids): ids for ids in sequences}
     ended = drained(engine, clock)
@@ -114,14 +118,16 @@ def test_every_sequence_gets_its_own_output(name, sequences, types):
     assert stats.tokens + stats.padding == sum(rows * width for rows, width in session.batches)
 
 
+@pytest.mark.parametrize("streams", [1, 3])
 @given(sequences=SEQUENCES, wrong=st.sets(st.integers(0, 24)), poisoned=st.sets(st.integers(0, 24)))
-def test_only_what_cannot_be_computed_fails(sequences, wrong, poisoned):
+def test_only_what_cannot_be_computed_fails(streams, sequences, wrong, poisoned):
     def among(places):
         chosen = {sequences[place] for place in places if place < len(sequences)}
         return lambda ids: tuple(ids) in chosen
 
     fails, is_poisoned = among(wrong), among(poisoned)
     session = ScriptedEncoder(lambda ids: ValueError("odd") if fails(ids) else None, is_poisoned)
+    session.streams = streams
     clock = Clock()
     engine = engine_of(session, clock=clock)
     requests = {engine.add(ids): ids for ids in sequences}
@@ -233,3 +239,38 @@ def test_inputs_are_padded_to_the_longest():
     assert arrays["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert arrays["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert not arrays["token_type_ids"].any()
+
+
+class Gated(ScriptedEncoder):
+    """Whose calls end when the test says so; the first token of a batch names its call."""
+
+    streams = 2
+
+    def __init__(self):
+        super().__init__()
+        self.begun, self.gates = Semaphore(0), defaultdict(Event)
+
+    def run(self, inputs):
+        self.begun.release()
+        assert self.gates[int(inputs["input_ids"][0, 0])].wait(60)
+        return super().run(inputs)
+
+
+def test_calls_run_at_the_same_time_and_each_is_given_out_as_it_ends():
+    session = Gated()
+    engine = engine_of(session, Static(max_batch_size=1))
+    first, second, third = (engine.add((token,)) for token in (1, 2, 3))
+    session.gates[2].set()
+    assert [one.request for one in engine.step()] == [second]  # the first still runs
+    assert session.begun.acquire(timeout=60)
+    assert session.begun.acquire(timeout=60)
+    engine.cancel(first)
+    session.gates[3].set()
+    assert {(one.request, one.finished) for one in engine.step()} == {(first, "cancelled"), (third, "done")}
+    assert not engine.busy
+    # What was cancelled ends unseen, and the engine goes on.
+    session.gates[1].set()
+    fourth = engine.add((3, 4))
+    ended = [*engine.step(), *(engine.step() if engine.busy else ())]
+    assert [(one.request, one.finished) for one in ended] == [(fourth, "done")]
+    assert engine.stats.steps in (3, 4)  # whether the cancelled call was looked at already

@@ -29,7 +29,11 @@ def test_openvino_conforms(bits, tiny_bert):
     model = tiny_bert()
     if bits is not None:
         model = RTN(bits=bits, granularity="group", group_size=32).apply(model, context(texts()))
-    check_backend(OpenVINO(threads=1), model)
+    check_backend(OpenVINO(threads=2, streams=2) if bits == 8 else OpenVINO(threads=1), model)
+
+
+def test_onnxruntime_conforms_in_several_streams(tiny_bert):
+    check_backend(OnnxRuntime(threads=2, streams=2), tiny_bert())
 
 
 @pytest.mark.parametrize("bits", [None, 8, 4])
@@ -111,6 +115,17 @@ def no_mask(session):
     session.run = wrong
 
 
+def mixes_calls_up(session):
+    """Promises calls at the same time, and gives what another one computed."""
+    session.streams, last = 2, []
+
+    def wrong(inputs):
+        last.append(TorchTensorSession.run(session, inputs))
+        return last[-2] if threading.current_thread() is not threading.main_thread() and len(last) > 1 else last[-1]
+
+    session.run = wrong
+
+
 def keeps_itself(session):
     """Is never given back."""
     KEPT.append(session)
@@ -150,6 +165,7 @@ CASES = [
     (keeps_itself, "decoder", r"^something keeps a session that was closed"),
     (keeps_a_file, "decoder", r"^a session that was closed keeps a file open or mapped: weights/model\.safetensors"),
     (keeps_threads, "decoder", r"^each session leaves threads behind: \d+, then \d+"),
+    (mixes_calls_up, "encoder", r"^calls in 2 threads: one gives something else than alone"),
     (no_mask, "encoder", r"^a sequence of 9 tokens in a batch of 7: .* from what the model gives it"),
 ]
 

@@ -474,6 +474,9 @@ def test_lowering_says_which_kernel_runs_or_why_none_can() -> None:
     assert set(refused) == bad
     assert not any(entry.possible for entry in refused.values())
     assert "llama, mistral, qwen2, qwen3" in refused["arch:mamba"].reason
+    [streams] = OnnxRuntime(streams=2).lowering(frozenset({"task:causal-lm", "arch:llama"})).values()
+    assert not streams.possible
+    assert "leave streams at 1" in streams.reason
     slow = EXACT.lowering(frozenset({"weights:int8-channel", "weights:int4-group"}))
     assert not slow["weights:int8-channel"].native
     assert "every step" in slow["weights:int8-channel"].reason

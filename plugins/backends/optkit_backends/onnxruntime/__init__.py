@@ -15,7 +15,7 @@ from pydantic import Field
 from optkit.backends import Backend, Lowering, TensorSession, TokenSession
 from optkit.model import Model, ModelCard
 from optkit.steps import Limits
-from optkit.weights import IMAGE_CLASSIFICATION
+from optkit.weights import CAUSAL_LM, IMAGE_CLASSIFICATION
 from optkit_backends.tasks import ONE_CALL, other_task
 
 __all__ = ["CPU", "OnnxRuntime", "kernel_name"]
@@ -58,7 +58,10 @@ class OnnxRuntime(Backend):
     extra: ClassVar[str] = "onnxruntime"
 
     threads: int | None = Field(default=None, ge=1)
-    """Threads that run one step; by default the cores that this process may use."""
+    """Threads that run steps; by default the cores that this process may use."""
+    streams: int = Field(default=1, ge=1)
+    """Batches of an encoder or image classifier that run at the same time and share the threads. More than one raise
+    how many are done in a second, as threads wait less for each other, and make each take longer."""
     accuracy_level: Literal[1, 4] = 4
     """What integer weights are multiplied with: 4 rounds the activations to int8, block by block, or in encoders whose
     8-bit weights have one scale for each output channel token by token, which is faster; 1 keeps them float32, which is
@@ -125,6 +128,8 @@ class OnnxRuntime(Backend):
             return {tag: replace(how, kernel=kernels.get(how.kernel, how.kernel)) for tag, how in lowered.items()}
         if exported:
             return lowered
+        if self.streams > 1:
+            lowered |= {CAUSAL_LM: _impossible("its decoders run one step at a time; leave streams at 1")}
         return lowered | {
             tag: _impossible(f"its graphs are of {', '.join(ARCHITECTURES)}")
             for tag in sorted(tags)
@@ -200,7 +205,7 @@ class OnnxRuntime(Backend):
         if (runtime / TensorFacts.FILE).exists():
             from optkit_backends.onnxruntime.tensors import OnnxTensorSession
 
-            return OnnxTensorSession(runtime, **settings)
+            return OnnxTensorSession(runtime, streams=self.streams, **settings)
         from optkit_backends.onnxruntime.session import OnnxSession
 
         return OnnxSession(runtime, limits, **settings)

@@ -27,18 +27,22 @@ class OnnxTensorSession(TensorSession):
 
     Args:
         directory: holds the files.
-        settings: the keyword arguments of `loading.load`.
+        threads: of all calls together.
+        streams: calls at the same time.
+        settings: the other keyword arguments of `loading.load`.
 
     Raises:
         DamagedError: a file is missing, cut short, or not what was written.
     """
 
-    def __init__(self, directory: Path, **settings: Any) -> None:
+    def __init__(self, directory: Path, *, threads: int, streams: int = 1, **settings: Any) -> None:
         facts = TensorFacts.read(directory)
         graph = directory / GRAPH
         self._graph = graph
-        self._settings = settings
-        self._session: Any = load(graph, **settings)
+        # The thread that makes a call computes as well, beside those of the session, which all calls share.
+        self._settings = settings | {"threads": max(1, threads - streams + 1)}
+        self.streams = streams
+        self._session: Any = load(graph, **self._settings)
         self.inputs = {value.name: _spec(value) for value in self._session.get_inputs()}
         self.outputs = {value.name: _spec(value) for value in self._session.get_outputs()}
         found = [list(self.inputs), list(self.outputs)]

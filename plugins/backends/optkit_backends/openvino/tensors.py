@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,8 @@ class OpenVINOTensorSession(TensorSession):
 
     Args:
         directory: holds the files.
-        threads: that run one call.
+        threads: of all calls together.
+        streams: calls at the same time.
         integer_products: whether layers of static int8 activations multiply integers. Otherwise their inputs are
             rounded in float32.
 
@@ -35,11 +37,11 @@ class OpenVINOTensorSession(TensorSession):
         DamagedError: a file is missing, cut short, or not what was written.
     """
 
-    def __init__(self, directory: Path, *, threads: int, integer_products: bool) -> None:
+    def __init__(self, directory: Path, *, threads: int, integer_products: bool, streams: int = 1) -> None:
         self._facts, self._graph = TensorFacts.read(directory), directory / GRAPH
         self._settings: dict[str, Any] = {
             "INFERENCE_NUM_THREADS": threads,
-            "NUM_STREAMS": 1,
+            "NUM_STREAMS": streams,
             # Sessions of several processes would all be tied to the same cores.
             "ENABLE_CPU_PINNING": False,
             "INFERENCE_PRECISION_HINT": "f32",
@@ -48,7 +50,10 @@ class OpenVINOTensorSession(TensorSession):
             "LP_TRANSFORMS_MODE": "YES" if integer_products else "NO",
         }
         compiled = self._compiled()
-        self._request: Any = compiled.create_infer_request()
+        self.streams = streams
+        self._idle: Any = SimpleQueue()
+        for _ in range(streams):
+            self._idle.put(compiled.create_infer_request())
         self.inputs = {port.get_any_name(): _spec(port) for port in compiled.inputs}
         self.outputs = {port.get_any_name(): _spec(port) for port in compiled.outputs}
         found = [list(self.inputs), list(self.outputs)]
@@ -56,8 +61,12 @@ class OpenVINOTensorSession(TensorSession):
             raise DamagedError("has other inputs and outputs than were written", where=str(self._graph), found=found)
 
     def run(self, inputs: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, npt.NDArray[np.generic]]:
-        # Outputs are copied, since the next call overwrites the request's own; inputs are not.
-        found = self._request.infer([inputs[name] for name in self.inputs], share_inputs=True)
+        request = self._idle.get()
+        try:
+            # Outputs are copied, since the next call overwrites the request's own; inputs are not.
+            found = request.infer([inputs[name] for name in self.inputs], share_inputs=True)
+        finally:
+            self._idle.put(request)
         return dict(zip(self.outputs, found.values(), strict=True))
 
     def profile(self, inputs: Mapping[str, npt.NDArray[np.generic]]) -> list[KernelTime]:
@@ -73,7 +82,7 @@ class OpenVINOTensorSession(TensorSession):
         ]
 
     def close(self) -> None:
-        self._request = None
+        self._idle = None
 
     def _compiled(self, **settings: Any) -> Any:
         try:
