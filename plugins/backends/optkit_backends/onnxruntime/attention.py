@@ -3,7 +3,8 @@
 Its kernel for the CPU has a fast way for scores that nothing is added to: it goes through them block by block, in the
 cache, where the other way writes and reads all of them. So padding is not added to the scores. It is a feature of the
 keys, which each query takes into its product: 0 where there is a token, and so far below 0 where there is none that
-its share is 0. Document: `docs/ContribOperators.md` of ONNX Runtime (MultiHeadAttention).
+its share is 0. Where products give query and key they give the feature too: see `padding`. Document:
+`docs/ContribOperators.md` of ONNX Runtime (MultiHeadAttention).
 """
 
 from __future__ import annotations

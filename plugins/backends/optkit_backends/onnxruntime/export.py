@@ -23,6 +23,7 @@ from optkit_backends.onnxruntime.attention import FUSED
 from optkit_backends.onnxruntime.convolutions import settle
 from optkit_backends.onnxruntime.files import GRAPH, WEIGHTS, TensorFacts
 from optkit_backends.onnxruntime.layers import exportable
+from optkit_backends.onnxruntime.padding import take_in
 from optkit_backends.onnxruntime.trace import PRODUCTS
 from optkit_backends.positional import Positional, call_of, outputs_of, shallow_copy
 
@@ -121,9 +122,11 @@ def _write(
             raise RecipeError(f"torch.onnx cannot export it ({reason})", where=name) from error
     model: ir.Model = program.model
     settle(model.graph)
+    take_in(model.graph)
+    RemoveUnusedNodesPass()(model)
     _name_products(model.graph)
     # The exporter notes where on this machine each operator's code lies.
-    ClearMetadataAndDocStringPass()(RemoveUnusedNodesPass()(model).model)
+    ClearMetadataAndDocStringPass()(model)
     model.producer_name = "optkit"
     ir.save(model, directory / GRAPH, external_data=WEIGHTS)
     TensorFacts(list(example), list(outputs)).write(directory)
