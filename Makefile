@@ -94,7 +94,7 @@ bench-recovery: .venv/.dev ## measure what recovery wins back after each pruner;
 	.venv/bin/python benchmarks/quality/recovery.py $(ARGS)
 	@echo "Next: git diff benchmarks"
 
-bench-encoders: .venv/.core ## measure sentence encoding beside int8 of ONNX Runtime and, with ARGS="--openvino PYTHON", OpenVINO
+bench-encoders: .venv/.dev ## measure sentence encoding beside int8 of ONNX Runtime and, with ARGS="--openvino PYTHON", OpenVINO
 	.venv/bin/python benchmarks/encoders/encoders.py .cache/encoders $(ARGS)
 	@echo "Next: git diff benchmarks"
 

@@ -13,14 +13,14 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BATCH_SIZE", "Floats", "sequences", "sorted_batches", "take_turns"]
+__all__ = ["BATCH_SIZE", "Floats", "Integers", "padded_batches", "pooled", "sequences", "sorted_batches", "take_turns"]
 
 BATCH_SIZE = 32
 Floats = npt.NDArray[np.float32]
@@ -65,8 +65,22 @@ def sorted_batches(
         run: the model, from token ids and mask `[batch, tokens]` to `[batch, tokens, hidden]`.
         most_tokens: of a batch, padding included, in the place of 32 sequences.
     """
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
     embedded: dict[int, Floats] = {}
+    for batch, ids, mask in padded_batches(rows, most_tokens):
+        embedded |= zip(batch, pooled(run(ids, mask), mask), strict=True)
+    return np.stack([embedded[index] for index in range(len(rows))])
+
+
+def padded_batches(
+    rows: Sequence[tuple[int, ...]], most_tokens: int | None = None
+) -> Iterator[tuple[list[int], Integers, Integers]]:
+    """Batches of 32, the longest rows first: which rows, and their token ids and mask, `[batch, tokens]`.
+
+    Args:
+        rows: token ids.
+        most_tokens: of a batch, padding included, in the place of 32 sequences.
+    """
+    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
     while order:
         longest = len(rows[order[0]])
         size = BATCH_SIZE if most_tokens is None else max(1, most_tokens // longest)
@@ -75,7 +89,11 @@ def sorted_batches(
         mask = np.zeros_like(ids)
         for place, index in enumerate(batch):
             ids[place, : len(rows[index])], mask[place, : len(rows[index])] = rows[index], 1
-        hidden = run(ids, mask)
-        means = np.einsum("bth,bt->bh", hidden, mask.astype(np.float32)) / mask.sum(1, keepdims=True)
-        embedded |= zip(batch, means / np.linalg.norm(means, axis=1, keepdims=True), strict=True)
-    return np.stack([embedded[index] for index in range(len(rows))]).astype(np.float32)
+        yield batch, ids, mask
+
+
+def pooled(hidden: Floats, mask: Integers) -> Floats:
+    """The mean over tokens, of length 1: `[batch, hidden]`."""
+    means = np.einsum("bth,bt->bh", hidden, mask.astype(np.float32)) / mask.sum(1, keepdims=True)
+    found: Floats = (means / np.linalg.norm(means, axis=1, keepdims=True)).astype(np.float32)
+    return found
