@@ -105,6 +105,8 @@ class KernelTime:
     """Bytes of weights that the kernel must read, 0 if unknown or none."""
     operations: int = field(default=0)
     """Multiplications and additions of its product with weights, 0 if unknown or none."""
+    integer: bool = field(default=False)
+    """Whether those are of int8, which processors have faster instructions for."""
 
 
 @dataclass(frozen=True, slots=True)

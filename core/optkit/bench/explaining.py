@@ -39,8 +39,8 @@ class ExplainedRow:
     gflop_per_second: float
     """Operations of products with weights per second; 0 for kernels without."""
     of_ceiling: float
-    """The larger of the two as a share of the machine's measured read bandwidth and float32 matrix products. An
-    integer product can be above 1."""
+    """The larger of the two as a share of the machine's measured read bandwidth and matrix products, of int8 where the
+    kernel's are. Where nobody could measure those it is 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,8 @@ class Explanation:
     """Sum over all kernels; the profiler's own cost is part of it."""
     ceiling_gb_per_s: float
     ceiling_gflop_per_s: float
+    ceiling_integer_gop_per_s: float
+    """Of int8; 0 where this machine's could not be measured."""
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON-able data."""
@@ -120,6 +122,7 @@ def explain(
         whole,
         peaks.read_gb_per_s,
         peaks.fp32_gflops or 0.0,
+        peaks.int8_gops or 0.0,
     )
 
 
@@ -161,8 +164,10 @@ def _computed(session: TensorSession, batch_size: int) -> tuple[str, list[Kernel
 def _row(layers: str, name: str, group: list[KernelTime], whole: float, peaks: hardware.Peaks) -> ExplainedRow:
     seconds = sum(kernel.seconds for kernel in group)
     read, operations = sum(kernel.weight_bytes for kernel in group), sum(kernel.operations for kernel in group)
+    integer = sum(kernel.operations for kernel in group if kernel.integer)
     per_second = 1 / seconds if seconds else 0.0
-    of_ceiling = peaks.least_seconds(read, operations) * per_second
+    bounded = peaks.int8_gops is not None or not integer
+    of_ceiling = peaks.least_seconds(read, operations - integer, integer) * per_second if bounded else 0.0
     share = seconds / whole if whole else 0.0
     gigas = per_second / 1e9
     return ExplainedRow(layers, name, len(group), seconds, share, read * gigas, operations * gigas, of_ceiling)

@@ -74,7 +74,7 @@ def explain_artifact(
     """Say which kernel runs each layer, and how near to its ceiling.
 
     Profiles one decode step, or one batch of an encoder or image classifier. The ceiling is memory bandwidth, each
-    weight read once, or float32 matrix products: what is nearer. `optkit sys` measures both.
+    weight read once, or matrix products in float32 or int8: what is nearer. `optkit sys` measures them.
     """
     from optkit.artifact import open_artifact
     from optkit.bench import explain
@@ -106,6 +106,8 @@ def explain_artifact(
         right=(2, 3, 4, 5, 6, 7),
     )
     ceilings = f"{found.ceiling_gb_per_s:.1f} GB/s, {found.ceiling_gflop_per_s:.0f} GFLOP/s"
+    if found.ceiling_integer_gop_per_s:
+        ceilings += f", {found.ceiling_integer_gop_per_s:.0f} GOP/s of int8"
     say(f"\n{found.what} under the profiler: {found.seconds * 1e3:.1f} ms; ceilings {ceilings}")
 
 

@@ -116,7 +116,9 @@ def test_explain_says_which_kernel_ran_each_layer_of_a_batch(here, optkit):
     config = json.loads(Path("encoder/config.json").read_text())
     assert call["operations"] == 2 * 3 * 16 * config["hidden_size"] * config["intermediate_size"]
     assert up["gflop_per_second"] * up["seconds"] * 1e9 == pytest.approx(call["operations"] * (1 + len(others)))
-    assert up["of_ceiling"] > 0
+    assert not call["integer"]
+    read = up["gb_per_second"] / found["ceiling_gb_per_s"]
+    assert up["of_ceiling"] == pytest.approx(max(read, up["gflop_per_second"] / found["ceiling_gflop_per_s"]))
     assert sum(row["share"] for row in found["rows"]) == pytest.approx(1)
     said = optkit("explain", "made/eight", "--prompt-tokens", "16")
     assert "encoding of 16 tokens under the profiler" in said.out

@@ -330,6 +330,8 @@ def test_profile_tells_of_every_layer(tiny_llama, tmp_path):
     }
     assert {time.kernel for time in times if time.layer == "lm_head"} == {f"native product (float32 weights; {title})"}
     assert all(time.seconds > 0 for time in times if time.weight_bytes)
+    assert {time.integer for time in times if time.layer.endswith("down_proj")} == {True}
+    assert not [time for time in times if time.layer == "lm_head" and time.integer]
 
 
 def test_profile_counts_no_weights_that_nobody_wants(tiny_llama, tmp_path):

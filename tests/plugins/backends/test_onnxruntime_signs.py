@@ -80,6 +80,8 @@ def test_signed_weights_give_the_same_numbers(inputs, tmp_path, monkeypatch):
         monkeypatch.setattr(hardware, "exact_byte_products", lambda exact=exact: exact)
         with OnnxTensorSession(tmp_path, threads=1, spin=False) as session:
             found.append(session.run({"pixels": inputs["pixels"].numpy()}))
+            times = session.profile({"pixels": inputs["pixels"].numpy()})
+        assert [time.integer for time in times if time.operations] == [True] * 5
     for name, tensor in wanted.items():
         np.testing.assert_array_equal(found[0][name], found[1][name])
         assert np.linalg.norm(found[1][name] - tensor.numpy()) < 0.01 * tensor.norm()

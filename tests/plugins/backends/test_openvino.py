@@ -198,11 +198,12 @@ def test_convolutions_and_products_of_integers(products, tmp_path):
         assert session.outputs["same"] == TensorSpec("float32", (None, 6, 9, 8))
         found = session.run({name: tensor.numpy() for name, tensor in inputs.items()})
         assert {len(array) for array in session.run({n: t[:1].numpy() for n, t in inputs.items()}).values()} == {1}
-        kernels = [time.kernel for time in session.profile({n: t.numpy() for n, t in inputs.items()})]
+        kernels = session.profile({n: t.numpy() for n, t in inputs.items()})
     for name, tensor in wanted.items():
         assert distance(found[name], tensor.numpy()) < 1e-5, name
-    integer = [kernel for kernel in kernels if "Convolution" in kernel and kernel.lower().endswith("i8)")]
-    assert len(integer) == (2 if products == "integer" else 0)
+    integer = [time for time in kernels if time.integer and time.operations]
+    assert all(time.kernel.lower().endswith("i8)") for time in integer)
+    assert sum("Convolution" in time.kernel for time in integer) == (2 if products == "integer" else 0)
 
 
 TRANSFORMS = {

@@ -21,6 +21,8 @@ CONVOLUTIONS = frozenset({"Conv", "FusedConv", "QLinearConv", "ConvInteger"})
 PRODUCTS = CONVOLUTIONS | {
     *("Gemm", "MatMul", "MatMulInteger", "MatMulIntegerToFloat", "MatMulNBits", "QGemm", "QLinearMatMul"),
 }
+# Of these products, those of integers; MatMulNBits says so itself.
+INTEGERS = frozenset({"ConvInteger", "MatMulInteger", "MatMulIntegerToFloat", "QGemm", "QLinearConv", "QLinearMatMul"})
 SUFFIX = "_kernel_time"
 # Where the optimizer changes the layout of a node, it adds this to its name, or names it after its output.
 MOVED, BLOCKED = re.compile(r"_token_\d+$"), "_nchwc"
@@ -50,11 +52,13 @@ def _time(event: dict[str, Any], nodes: dict[str, ir.Node], values: dict[str, ir
     node = nodes.get(name)  # the optimizer makes nodes of its own
     if node is None:
         return KernelTime(name, kernel, seconds)
+    integer = kernel in INTEGERS
     if kernel == "MatMulNBits":
-        kernel = kernel_name(node.attributes.get_int("bits", 0), node.attributes.get_int("accuracy_level", 0))
+        level = node.attributes.get_int("accuracy_level", 0)
+        kernel, integer = kernel_name(node.attributes.get_int("bits", 0), level), level == 4
     constants = [value.const_value for value in node.inputs if value is not None and value.const_value is not None]
     size = 0 if node.op_type in LOOKUPS else sum(constant.nbytes for constant in constants)
-    return KernelTime(name, kernel, seconds, size, _operations(node, event["args"]["output_type_shape"]))
+    return KernelTime(name, kernel, seconds, size, _operations(node, event["args"]["output_type_shape"]), integer)
 
 
 def _convolution(output: ir.Value | None, inputs: list[dict[str, list[int]]]) -> str | None:

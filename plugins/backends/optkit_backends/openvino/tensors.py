@@ -111,7 +111,7 @@ class OpenVINOTensorSession(TensorSession):
             return KernelTime(layer, kernel, seconds)
         weight, size = constants[0].get_shape(), sum(map(_bytes, constants))
         operations = 2 * math.prod(node.output(0).get_shape()) * math.prod(weight) // weight[0]
-        return KernelTime(layer, kernel, seconds, size, operations)
+        return KernelTime(layer, kernel, seconds, size, operations, entry.exec_type.lower().endswith("_i8"))
 
 
 def _spec(port: Any) -> TensorSpec:

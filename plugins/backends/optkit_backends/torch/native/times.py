@@ -60,4 +60,5 @@ def _product(path: str, linears: Sequence[Linear], seconds: float, rows: int, in
     kinds = dict.fromkeys(f"{_STORED[one.storage]} weights{', int8 input' if one.rounding else ''}" for one in linears)
     stored = sum(count * _BYTES[one.storage] for count, one in zip(weights, linears, strict=True)) if rows else 0
     kernel = f"native product ({' and '.join(kinds)}; {instructions.title})"
-    return KernelTime(path, kernel, seconds, int(stored), 2 * rows * sum(weights))
+    integer = all(one.rounding for one in linears)
+    return KernelTime(path, kernel, seconds, int(stored), 2 * rows * sum(weights), integer)
