@@ -58,10 +58,13 @@ class Bucketed(Batcher):
 
     def _alike(self, nearest: Iterable[RequestView]) -> Iterable[RequestView]:
         longest = tokens = count = 0
+        most = self.max_batch_tokens
         for request in nearest:
+            if most is not None and count and longest * (count + 1) > most:
+                return  # nobody fits any more, however short
             length = request.prompt_tokens
             padded = max(longest, length) * (count + 1)
-            within = tokens + length >= (1 - self.max_padding) * padded and padded <= (self.max_batch_tokens or padded)
+            within = tokens + length >= (1 - self.max_padding) * padded and padded <= (most or padded)
             if within or not count:
                 longest, tokens, count = max(longest, length), tokens + length, count + 1
                 yield request

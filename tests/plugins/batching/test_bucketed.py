@@ -78,6 +78,17 @@ def test_every_batch_keeps_its_budgets_and_everybody_is_served_once(lengths, siz
     assert sorted(served) == list(range(len(lengths)))
 
 
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=40), st.floats(0, 0.9), st.integers(1, 400))
+def test_it_stops_looking_only_where_nobody_fits_any_more(lengths, padding, tokens):
+    batcher = Bucketed(max_batch_size=64, max_padding=padding, max_batch_tokens=tokens)
+    batch = []
+    for length in sorted(lengths, key=lambda length: abs(length - lengths[0])):
+        area = max(length, *batch, 0) * (len(batch) + 1)
+        if not batch or (sum(batch) + length >= (1 - padding) * area and area <= tokens):
+            batch.append(length)
+    assert lengths_of(batcher, queue(*lengths)) == batch
+
+
 def test_a_long_queue_is_not_looked_through_to_its_end():
     class Counted(list):
         seen = 0
