@@ -7,6 +7,7 @@ as a column of zeros, whose bias is the feature. What each token's key hides is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -24,39 +25,45 @@ def take_in(graph: ir.Graph) -> None:
     for node in list(graph):
         if node.op_type != "MultiHeadAttention":
             continue
+        query, key = (_Joined.before(value) for value in node.inputs[:2])
+        padding = None if key is None else _source(_source(key.feature, "Expand"), "Unsqueeze")
+        if query is None or key is None or padding is None:
+            continue
         heads, scale = node.attributes.get_int("num_heads"), node.attributes.get_float("scale")
-        query, key = (_before_it(value) for value in node.inputs[:2])
-        if query is None or key is None:
+        wider = _Widening(graph, heads)
+        wide_query, wide_key = wider.widened(query.source, 1 / scale), wider.widened(key.source, 0.0)
+        if wide_query is None or wide_key is None:
             continue
-        padding = _mask(key[1])
-        wide_query, wide_key = (
-            _Widening(graph, heads).widened(value, feature) for value, feature in ((query[0], 1 / scale), (key[0], 0.0))
-        )
-        if padding is None or wide_query is None or wide_key is None:
-            continue
-        shape = padding, heads, key[2]
+        shape = padding, heads, key.size
         if shape not in masks:
             masks[shape] = _spread(graph, node, *shape)
         node.replace_input_with(0, wide_query)
         node.replace_input_with(1, _before(graph, node, "Add", [wide_key, masks[shape]]))
 
 
-def _before_it(value: ir.Value | None) -> tuple[ir.Value, ir.Value, int] | None:
-    """What becomes heads before the feature is appended, the feature, and features of a head; None if none is."""
-    concat = _producer(_source(value, "Reshape"), "Concat")
-    if concat is None or len(concat.inputs) != 2:
-        return None
-    heads, feature = concat.inputs
-    source = _source(heads, "Reshape")
-    if source is None or feature is None or heads is None or heads.shape is None or len(source.uses()) != 1:
-        return None
-    size = heads.shape[-1]
-    return (source, feature, size) if isinstance(size, int) else None
+@dataclass(frozen=True, slots=True)
+class _Joined:
+    """Query or key as `attention` makes it."""
 
+    source: ir.Value
+    """`[batch, tokens, heads * size]`, of which nothing else is made."""
+    size: int
+    """Features of a head."""
+    feature: ir.Value
+    """What is appended to each head."""
 
-def _mask(feature: ir.Value) -> ir.Value | None:
-    """`[batch, tokens]`, of which the feature of keys is made."""
-    return _source(_source(feature, "Expand"), "Unsqueeze")
+    @classmethod
+    def before(cls, value: ir.Value | None) -> _Joined | None:
+        """What `value` is made of; None if nothing was appended."""
+        concat = _producer(_source(value, "Reshape"), "Concat")
+        if concat is None or len(concat.inputs) != 2:
+            return None
+        heads, feature = concat.inputs
+        source = _source(heads, "Reshape")
+        if source is None or feature is None or heads is None or heads.shape is None:
+            return None
+        size = heads.shape[-1]
+        return cls(source, size, feature) if isinstance(size, int) else None
 
 
 def _spread(graph: ir.Graph, node: ir.Node, mask: ir.Value, heads: int, size: int) -> ir.Value:
@@ -81,7 +88,7 @@ class _Widening:
             feature: the same for all tokens.
         """
         node = value.producer()
-        if node is None or (len(value.uses()) != 1 and node.op_type != "Mul"):
+        if node is None or len(value.uses()) != 1:
             return None
         if node.op_type == "Add":
             return self._sum(node, feature)
