@@ -61,12 +61,13 @@ class OpenVINOTensorSession(TensorSession):
             raise DamagedError("has other inputs and outputs than were written", where=str(self._graph), found=found)
 
     def run(self, inputs: Mapping[str, npt.NDArray[np.generic]]) -> dict[str, npt.NDArray[np.generic]]:
-        request = self._idle.get()
+        idle = self._idle  # also of a call that outlives the session
+        request = idle.get()
         try:
             # Outputs are copied, since the next call overwrites the request's own; inputs are not.
             found = request.infer([inputs[name] for name in self.inputs], share_inputs=True)
         finally:
-            self._idle.put(request)
+            idle.put(request)
         return dict(zip(self.outputs, found.values(), strict=True))
 
     def profile(self, inputs: Mapping[str, npt.NDArray[np.generic]]) -> list[KernelTime]:
