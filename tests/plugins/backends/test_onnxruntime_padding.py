@@ -66,3 +66,20 @@ def test_products_give_the_feature_and_nothing_else_changes(format, tiny_bert, t
     with torch.inference_mode():
         alone = model.module(input_ids=torch.tensor([SEQUENCES[0]])).last_hidden_state[0].numpy()
     assert np.linalg.norm(found["given"][0] - alone) < 0.2 * np.linalg.norm(alone)
+
+
+def test_layers_that_share_a_bias_hide_padding_each_in_its_own_way(tiny_bert, tmp_path):
+    model = tiny_bert()
+    first, second = (layer.attention.self for layer in model.module.encoder.layer)
+    # The exporter keeps equal constants once. A key's feature is 0, and a query's must not be.
+    with torch.no_grad():
+        for bias in (first.key.bias, second.query.bias):
+            bias.copy_(torch.linspace(-1, 1, len(bias)))
+        first.query.bias.fill_(0.5)
+    BACKEND.compile(model, tmp_path)
+    with BACKEND.open(tmp_path, tmp_path, LIMITS) as session:
+        [hidden] = session.run(padded(SEQUENCES, session.inputs)).values()
+    for row, ids in zip(hidden, SEQUENCES, strict=True):
+        with torch.inference_mode():
+            alone = model.module(input_ids=torch.tensor([ids])).last_hidden_state[0].numpy()
+        assert np.linalg.norm(row[: len(ids)] - alone) < 1e-4 * np.linalg.norm(alone)

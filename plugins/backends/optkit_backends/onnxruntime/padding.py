@@ -120,11 +120,14 @@ class _Widening:
         zero_point, bias = node.inputs[5], node.inputs[6] if len(node.inputs) > 6 else None
         if zero_point is None or zero_point.const_value is None or (bias is None and feature):
             return None
-        middle = 128 if zero_point.const_value.dtype == ir.DataType.UINT8 else 0
-        added = {1: middle, 3: 1.0} | ({5: middle} if zero_point.const_value.size > 1 else {})
-        if zero_point.const_value.size == 1:
-            added[1] = int(zero_point.const_value.numpy().item())
-        return self._product(node, added | ({} if bias is None else {6: feature}))
+        # A weight that is its zero point stands for 0.
+        points = zero_point.const_value.numpy()
+        added = {1: float(points.flat[0]), 3: 1.0}
+        if points.size > 1:
+            added[5] = added[1]
+        if bias is not None:
+            added[6] = feature
+        return self._product(node, added)
 
     def _product(self, node: ir.Node, added: dict[int, float]) -> ir.Value | None:
         """The node again, with another number after those of each head in some of its constants."""
@@ -142,7 +145,8 @@ class _Widening:
         apart = array.reshape(*array.shape[:-1], self._heads, -1)
         column = np.full((*apart.shape[:-1], 1), number, array.dtype)
         wide = np.concatenate([apart, column], -1).reshape(*array.shape[:-1], -1)
-        return _constant(self._graph, f"{value.name}.wide", wide)
+        # Products may share `value` and differ in the rest: equal constants are in a graph once.
+        return _constant(self._graph, f"{value.name}.{self._heads}_heads_with_{number!r}", wide)
 
     def _put(self, node: ir.Node, inputs: Sequence[ir.Value | None]) -> ir.Value:
         name, metadata = f"{node.name}.wide", dict(node.metadata_props)
@@ -172,7 +176,7 @@ def _before(graph: ir.Graph, node: ir.Node, kind: str, inputs: Sequence[ir.Value
 
 
 def _constant(graph: ir.Graph, name: str, array: Array) -> ir.Value:
-    if name in graph.initializers:  # of a matrix that several products share
+    if name in graph.initializers:  # made for another product
         return graph.initializers[name]
     value = ir.val(name, const_value=ir.tensor(array, name=name))
     graph.register_initializer(value)
