@@ -98,3 +98,25 @@ def test_graphs_whose_weights_are_signed_stay_as_they_are(inputs, tmp_path):
 
     compile_tensors(Narrow().eval(), inputs, tmp_path)
     assert with_signed_weights(tmp_path / GRAPH) is None
+
+
+def test_weights_that_a_convolution_of_unsigned_ones_reads_too_stay_unsigned(inputs, tmp_path, monkeypatch):
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = Products(8)
+
+        def forward(self, pixels):
+            # The first is followed by a rounding, the second is not.
+            return self.layers.first(self.layers.first(pixels).relu())
+
+    module = Twice().eval()
+    compile_tensors(module, inputs, tmp_path)
+    ran = Counter(node.op_type for node in onnx.load(tmp_path / GRAPH, load_external_data=False).graph.node)
+    assert (ran["QLinearConv"], ran["ConvInteger"]) == (1, 1)
+    monkeypatch.setattr(hardware, "exact_byte_products", lambda: True)
+    with OnnxTensorSession(tmp_path, threads=1, spin=False) as session:
+        [found] = session.run({"pixels": inputs["pixels"].numpy()}).values()
+    with torch.inference_mode():
+        wanted = module(**inputs).numpy()
+    assert np.linalg.norm(found - wanted) < 0.01 * np.linalg.norm(wanted)

@@ -30,16 +30,18 @@ def with_signed_weights(graph: Path) -> tuple[bytes, dict[str, npt.NDArray[np.in
 
     Returns:
         The graph, and by name what to take in the place of weights in its other file; None if no product of the graph
-        reads unsigned weights.
+        reads unsigned weights. Weights that a ConvInteger reads as well stay as they are.
     """
     model = onnx.load(graph, load_external_data=False)
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     weights, zero_points = set[str](), set[str]()
+    elsewhere = {name for node in model.graph.node if node.op_type not in OPERANDS for name in node.input}
     for node in model.graph.node:
         if node.op_type in OPERANDS:
             weight, zero_point = OPERANDS[node.op_type]
-            if stored[node.input[weight]].data_type == onnx.TensorProto.UINT8:
-                weights.add(node.input[weight])
+            name = node.input[weight]
+            if stored[name].data_type == onnx.TensorProto.UINT8 and name not in elsewhere:
+                weights.add(name)
                 zero_points.add(node.input[zero_point])
                 # Another one, since activations may share theirs.
                 node.input[zero_point] += SIGNED
